@@ -1,0 +1,229 @@
+"""`mlalign train CONFIG [a.b=c ...]`: fine-tune and align. The same command on the same run directory resumes.
+
+    mlalign train recipe.yaml                                       one process
+    launch/deepspeed.sh recipe.yaml model.path=... run_dir=...      all GPUs of this machine, or NPROC=2 processes
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlalign import checkpoint, distributed, model, schedule
+from mlalign.config import Config, read_deepspeed
+from mlalign.data import collate_bitext, collate_task, pad_id, pair_keys, prefers_one_pass
+from mlalign.dataset import Dataset, load_dataset
+from mlalign.errors import UserError
+from mlalign.evaluation import evaluate, to_device
+from mlalign.objectives import (
+    BitextChunk,
+    align_backward,
+    random_state,
+    rest_untouched,
+    set_random_state,
+    task_backward,
+)
+from mlalign.rundir import open_run
+from mlalign.sampler import slices
+from mlalign.tracker import Meter, Tracker, say
+
+
+@dataclass
+class Progress:
+    """How far the run is, and how well it does on dev. Saved with every checkpoint."""
+
+    step: int = 0
+    best: float | None = None  #: the smallest dev loss so far (task loss; alignment loss where there is no task)
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
+
+    def judge(self, values: dict[str, float], patience: int) -> bool:
+        """Take in an evaluation; returns whether it is the best so far."""
+        loss = values.get("dev/task_loss", values.get("dev/alignment_loss"))
+        improved = self.best is None or loss < self.best
+        if improved:
+            self.best, self.best_step, self.evaluations_since_best = loss, self.step, 0
+        else:
+            self.evaluations_since_best += 1
+        self.stopped_early = 0 < patience <= self.evaluations_since_best
+        return improved
+
+
+def train(config: Config) -> None:
+    """Run or resume the training that `config` describes, on however many ranks there are."""
+    distributed.init()
+    engine_config = model.engine_config(config, read_deepspeed(config.deepspeed))
+    run_dir = Path(config.run_dir)
+    _check_batch_sizes(config)
+    open_run(config, run_dir)
+    tokenizer = model.load_tokenizer(config.model)
+    layer = _checked_layer(config)
+    dataset = load_dataset(config, tokenizer)
+    for name, counts in dataset.counts.items():
+        say(f"{name}: {counts}")
+
+    if distributed.is_main():
+        model.write_engine_config(engine_config, run_dir / "deepspeed.json")
+    engine = _make_engine(config, engine_config, layer)
+    steps = schedule.total_steps(config, dataset.epoch_rows)
+    lr_factor = schedule.lr_factor(config, steps)
+    pad = pad_id(tokenizer)
+    say(_describe(engine, config, layer, steps))
+
+    progress = _resume(engine, dataset, run_dir, config.seed)
+    tracker = Tracker(run_dir, progress.step, steps)
+    tracker.text("config", (run_dir / "config.yaml").read_text())
+    meter = Meter()
+
+    with distributed.StopSignals() as signals:
+        engine.train()
+        while progress.step < steps and not progress.stopped_early:
+            with_task = _backward(engine, config, dataset, progress.step, pad, meter)
+            lr = config.optimizer.lr * lr_factor(progress.step)
+            log_now = (progress.step + 1) % config.log_every == 0 or progress.step + 1 == steps
+            grad_norm = _optimizer_step(engine, lr, with_task, measure=log_now)
+            progress.step += 1
+            tracker.advance(progress.step)
+            if log_now:
+                tracker.log(progress.step, meter.read() | {"train/lr": lr, "train/grad_norm": grad_norm})
+
+            stop = distributed.any_rank(signals.received)
+            last = progress.step == steps
+            improved = False
+            if dataset.has_dev and not stop and (last or progress.step % config.evaluation.every == 0):
+                values = evaluate(engine, config, dataset.task_dev, dataset.bitext_dev, pad)
+                tracker.log(progress.step, values)
+                improved = progress.judge(values, config.evaluation.patience)
+                meter.restart_clock()
+            if improved or (last and not dataset.has_dev):
+                checkpoint.export(engine, tokenizer, run_dir)
+            if stop or improved or last or progress.stopped_early or progress.step % config.checkpoint_every == 0:
+                _save(engine, dataset, run_dir, progress)
+                meter.restart_clock()
+            if stop:
+                break
+    tracker.close()
+    say(_farewell(progress, run_dir, steps))
+
+
+def _backward(engine, config: Config, dataset: Dataset, step: int, pad: int, meter: Meter) -> bool:
+    """All forward and backward passes of one optimizer step. Returns whether a task batch was among them."""
+    rank, ranks = distributed.rank(), distributed.world_size()
+    weight = config.alignment.weight if config.alignment else 0.0
+    batches = schedule.batches(config.interleave, weight, step)
+    for number, batch in enumerate(batches, 1):
+        last = number == len(batches)
+        if batch.objective == "task":
+            rows = dataset.orders["task"].take(batch.count * config.task.batch_size)
+            shares = [each[rank] for each in slices(rows, config.task.micro_batch_size, ranks)]
+            passes = [collate_task(share, pad) for share in shares]
+            counts = _token_counts(passes)
+            passes = [to_device(inputs, engine.device) for inputs in passes]
+            loss = task_backward(engine, passes, sum(row.learned for row in rows), batch.weight, last)
+            meter.add("task", loss, **counts)
+        else:
+            pairs = dataset.orders["alignment"].take(config.alignment.batch_size)
+            chunks, counts = [], {"tokens": 0, "positions": 0}
+            for each in slices(pairs, config.alignment.micro_batch_size, ranks):
+                passes = collate_bitext(each[rank], pad, prefers_one_pass(each))
+                counts = {name: counts[name] + more for name, more in _token_counts(passes).items()}
+                passes = [to_device(inputs, engine.device) for inputs in passes]
+                chunks.append(BitextChunk(passes, pair_keys(each[rank]).to(engine.device)))
+            loss = align_backward(engine, chunks, config.alignment, batch.weight, last)
+            meter.add("alignment", loss / ranks, **counts, pairs=len(pairs) // ranks)
+    return batches[0].objective == "task"
+
+
+def _optimizer_step(engine, lr: float, with_task: bool, measure: bool) -> float | None:
+    """Clip, update, clear. Returns the global gradient norm before clipping where `measure` asks for it."""
+    stage = engine.zero_optimization_stage()
+    if not with_task:
+        rest_untouched(engine, stage)
+    model.set_lr(engine.optimizer, lr, rest_above=not with_task)
+    norm = None
+    if measure and stage == 0 and not engine.bfloat16_enabled():  # there the engine keeps no norm
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    return float(norm if norm is not None else engine.get_global_grad_norm()) if measure else None
+
+
+def _token_counts(passes: list[dict[str, torch.Tensor]]) -> dict[str, int]:
+    masks = [inputs["attention_mask"] for inputs in passes]
+    return {"tokens": sum(int(mask.sum()) for mask in masks), "positions": sum(mask.numel() for mask in masks)}
+
+
+def _save(engine, dataset: Dataset, run_dir: Path, progress: Progress) -> None:
+    orders = {objective: order.state() for objective, order in dataset.orders.items()}
+    state = {"progress": asdict(progress), "orders": orders}
+    checkpoint.save(engine, run_dir, progress.step, state, random_state())
+    checkpoint.rotate(run_dir, keep={progress.best_step})
+
+
+def _resume(engine, dataset: Dataset, run_dir: Path, seed: int) -> Progress:
+    """Go back to the latest checkpoint, or start."""
+    name = checkpoint.latest(run_dir)
+    if name is None:
+        torch.manual_seed(seed * 1_000_003 + distributed.rank())  # dropout differs between ranks
+        return Progress()
+    state, generators = checkpoint.load(engine, run_dir, name)
+    for objective, order in dataset.orders.items():
+        order.restore(state["orders"][objective])
+    set_random_state(generators)
+    say(f"resumed from {run_dir / 'checkpoints' / name}")
+    return Progress(**state["progress"])
+
+
+def _make_engine(config: Config, engine_config: dict[str, Any], layer: int):
+    lm = model.load_lm(config.model, engine_config)
+    if config.lora:
+        torch.manual_seed(config.seed)  # the same adapters on every rank and ZeRO stage
+        lm = model.add_lora(lm, config.lora)
+    aligned = model.AlignedModel(lm, layer, config.alignment.pooling if config.alignment else "mean")
+    groups = model.parameter_groups(aligned, config.optimizer.weight_decay)
+    optimizer = model.make_optimizer(config, groups, engine_config)
+    return model.make_engine(aligned, optimizer, engine_config)
+
+
+def _check_batch_sizes(config: Config) -> None:
+    for name, section in (("task", config.task), ("alignment", config.alignment)):
+        if section is not None and section.batch_size % distributed.world_size():
+            raise UserError(
+                f"{name}.batch_size is {section.batch_size}, which {distributed.world_size()} ranks cannot share evenly"
+            )
+
+
+def _checked_layer(config: Config) -> int:
+    """The alignment layer (the whole depth where nothing is aligned), checked before the weights are loaded."""
+    settings = model.load_model_config(config.model).get_text_config()
+    positions = getattr(settings, "max_position_embeddings", None) or math.inf
+    for name, section in (("task", config.task), ("alignment", config.alignment)):
+        if section is not None and section.max_length > positions:
+            raise UserError(f"{name}.max_length is {section.max_length}, but the model has {positions} positions")
+    depth = settings.num_hidden_layers
+    return model.resolve_layer(config.alignment.layer, depth) if config.alignment else depth
+
+
+def _describe(engine, config: Config, layer: int, steps: int) -> str:
+    """One line on what is about to be trained, and how."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
+    parts = [
+        f"{sum(size for size, _ in sizes) / 1e6:,.1f}M parameters",
+        f"{sum(size for size, trainable in sizes if trainable) / 1e6:,.2f}M trainable",
+        f"{distributed.world_size()} ranks, ZeRO-{engine.zero_optimization_stage()}",
+        str(model.precision_dtype(config.model.precision)).removeprefix("torch."),
+        f"{steps} steps",
+    ]
+    if config.alignment:
+        parts.append(f"aligned at layer {layer}, {config.interleave.mode} {config.interleave.ratio}")
+    return ", ".join(parts)
+
+
+def _farewell(progress: Progress, run_dir: Path, steps: int) -> str:
+    if progress.step < steps and not progress.stopped_early:
+        return f"stopped by a signal after step {progress.step}, and saved: the same command resumes"
+    end = f"stopped early at step {progress.step}" if progress.stopped_early else f"done, {steps} steps"
+    best = f"; best dev loss {progress.best:.4f} at step {progress.best_step}" if progress.best is not None else ""
+    return f"{end}{best}; results in {run_dir}; watch with: tensorboard --logdir {run_dir}"

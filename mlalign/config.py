@@ -1,0 +1,297 @@
+"""The whole configuration: one typed schema, read from YAML, overridden on the command line as `a.b=c`.
+
+`load("recipe.yaml", ["optimizer.lr=1e-4"])` returns a validated `Config` or raises a `UserError` that names the key.
+The DeepSpeed file named by `deepspeed:` holds ZeRO and communication keys only; `read_deepspeed` refuses anything
+that this schema governs, so that a batch size, a precision or a clipping value stands in exactly one place.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from mlalign.errors import UserError
+
+
+class Source(BaseModel, extra="forbid"):
+    """Where rows come from."""
+
+    path: str  #: a file or glob of .jsonl, .json, .parquet or .csv files, or a dataset's id on the hub
+    subset: str | None = None  #: the hub dataset's configuration name
+    split: str = "train"  #: the hub dataset's split
+    columns: dict[str, str] = {}  #: our field -> the column that holds it, such as {prompt: prefix, completion: text}
+    language: str | None = None  #: language of task rows that have no `lang` field
+
+
+def _as_sources(value: Any) -> Any:
+    """`train: a.jsonl` and `train: [a.jsonl, {path: b}]` both mean a list of sources."""
+    items = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+Sources = Annotated[list[Source], BeforeValidator(_as_sources)]
+
+
+class Model(BaseModel, extra="forbid"):
+    path: str  #: a directory or a hub id of any decoder-only model
+    attention: str = "auto"  #: auto = flash attention where installed and on CUDA, else sdpa; or a transformers name
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  #: auto = bf16 on CUDA, else fp32
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+class Lora(BaseModel, extra="forbid"):
+    r: int = Field(8, gt=0)
+    alpha: float = Field(16, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"  #: peft's names
+
+
+class Task(BaseModel, extra="forbid"):
+    train: Sources
+    dev: Sources = []
+    streaming: bool = False  #: read rows as they are needed instead of holding them in memory
+    batch_size: int = Field(128, gt=0)  #: rows of one task batch, over all ranks
+    micro_batch_size: int = Field(8, gt=0)  #: rows of one forward pass on one rank
+    max_length: int = Field(512, gt=1)  #: tokens; longer rows are cut at the end, and counted
+    language_temperature: float = Field(1.0, ge=0, le=1)  #: 1 = languages by their size, 0 = uniform
+
+
+class Alignment(BaseModel, extra="forbid"):
+    train: Sources
+    dev: Sources = []
+    streaming: bool = False
+    batch_size: int = Field(128, gt=0)  #: pairs of one alignment batch, over all ranks
+    micro_batch_size: int = Field(32, gt=0)  #: pairs of one forward pass on one rank
+    max_length: int = Field(128, gt=1)  #: tokens of one side
+    language_temperature: float = Field(1.0, ge=0, le=1)
+    layer: int | Literal["auto"] = "auto"  #: number of decoder blocks run; auto = half the depth
+    pooling: Literal["mean", "last"] = "mean"
+    infonce: Literal["symmetric", "one_way"] = "symmetric"  #: one_way: src finds tgt only
+    temperature: float = Field(0.1, gt=0)
+    negatives: Literal["global", "local"] = "global"  #: the whole batch, or one rank's micro-batch
+    positives: Literal["id", "pair"] = "id"  #: id: rows that share a sentence or an id are positives of each other
+    weight: float = Field(1.0, gt=0)  #: factor of the alignment loss
+
+
+class Interleave(BaseModel, extra="forbid"):
+    mode: Literal["joint", "alternate", "micro_batch"] = "joint"
+    ratio: str = Field("1:1", pattern=r"^\d+:\d+$")  #: task batches : alignment batches
+    micro_batches: int | None = Field(None, gt=0)  #: mode micro_batch: batches accumulated in one step
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        """Task batches and alignment batches of one cycle."""
+        task, align = self.ratio.split(":")
+        return int(task), int(align)
+
+
+class Optimizer(BaseModel, extra="forbid"):
+    lr: float = Field(5e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)  #: of matrices; vectors (norms, biases) are never decayed
+    clip: float = Field(1.0, ge=0)  #: largest global gradient norm; 0 = no clipping
+    schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = "inverse_sqrt"
+    warmup_ratio: float = Field(0.03, ge=0, le=1)  #: share of all steps
+    steps: int | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0)  #: passes over the task rows (over the pairs if there is no task)
+
+
+class Evaluation(BaseModel, extra="forbid"):
+    every: int = Field(200, gt=0)  #: steps between evaluations on dev
+    patience: int = Field(5, ge=0)  #: evaluations without a better dev loss before the run stops; 0 = never stop early
+
+
+class Config(BaseModel, extra="forbid"):
+    run_dir: str
+    seed: int = 1
+    model: Model
+    lora: Lora | None = None  #: null = full fine-tuning
+    task: Task | None = None
+    alignment: Alignment | None = None
+    interleave: Interleave = Interleave()
+    optimizer: Optimizer = Optimizer()
+    evaluation: Evaluation = Evaluation()
+    deepspeed: str | None = None  #: a JSON file with ZeRO and communication keys; null = ZeRO-0
+    checkpoint_every: int = Field(200, gt=0)  #: steps
+    log_every: int = Field(10, gt=0)  #: steps
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> "Config":
+        task, align = self.interleave.parts
+        if task == align == 0:
+            raise ValueError("interleave.ratio is 0:0: give at least one objective a share")
+        for name, share in (("task", task), ("alignment", align)):
+            section = getattr(self, name)
+            if share and section is None:
+                raise ValueError(f"interleave.ratio {self.interleave.ratio} needs the section `{name}`: it is missing")
+            if not share and section is not None:
+                raise ValueError(f"interleave.ratio {self.interleave.ratio} leaves `{name}` out, but the section is set")
+            if section is not None and section.streaming and section.language_temperature != 1:
+                raise ValueError(f"{name}.language_temperature must be 1 with {name}.streaming: a stream has no counts")
+        if (self.interleave.mode == "micro_batch") != (self.interleave.micro_batches is not None):
+            raise ValueError("interleave.micro_batches is required in mode micro_batch and has no meaning in others")
+        if (self.optimizer.steps is None) == (self.optimizer.epochs is None):
+            raise ValueError("give either optimizer.steps or optimizer.epochs, and not both")
+        main = self.task or self.alignment
+        if self.optimizer.epochs is not None and main.streaming:
+            raise ValueError("optimizer.epochs needs the number of rows, which a stream hides: give optimizer.steps")
+        if self.alignment and self.alignment.batch_size == 1:
+            raise ValueError("alignment.batch_size is 1: a single pair has no negatives, use at least 2")
+        local = self.alignment and self.alignment.negatives == "local"
+        if local and self.alignment.micro_batch_size == 1:
+            raise ValueError("alignment.micro_batch_size is 1 with local negatives: a single pair has no negatives")
+        return self
+
+    def differences(self, other: "Config") -> list[str]:
+        """Dotted keys whose values differ, apart from those that do not change the result."""
+        mine, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
+        ignored = {"run_dir", "log_every"}
+        return sorted(k for k in mine.keys() | theirs.keys() if k not in ignored and mine.get(k) != theirs.get(k))
+
+
+def load(path: str | Path, overrides: list[str] = []) -> Config:  # noqa: B006 (never changed)
+    """Read a YAML file, apply `a.b=c` overrides, validate.
+
+    Raises UserError, naming the key, for a missing or broken file, an unknown key, a wrong type or a contradiction.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config {path} does not exist or is no file")
+    try:
+        raw = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} is not valid YAML: {_one_line(error)}") from error
+    if not OmegaConf.is_dict(raw):
+        raise UserError(f"config {path} must hold `key: value` lines")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {override!r} must have the form key.subkey=value")
+        try:
+            OmegaConf.update(raw, key, OmegaConf.from_dotlist([f"value={value}"]).value)
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise UserError(f"override {override!r} cannot be applied: {_one_line(error)}") from error
+    try:
+        values = OmegaConf.to_container(raw, resolve=True)
+        return Config.model_validate(values)
+    except OmegaConfBaseException as error:
+        raise UserError(f"config {path}: {_one_line(error)}") from error
+    except ValidationError as error:
+        raise UserError(f"config {path}: {_explain(error)}") from error
+
+
+def dump(config: Config, path: Path) -> None:
+    """Write every key, defaults included, as YAML that `load` reads back."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+
+
+#: DeepSpeed keys that say how to shard and communicate; everything else belongs to `Config`.
+_DEEPSPEED_KEYS = {
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "comms_logger",
+    "aio",
+    "zero_force_ds_cpu_optimizer",
+}
+_GOVERNED = {
+    "train_batch_size": "task.batch_size",
+    "train_micro_batch_size_per_gpu": "task.micro_batch_size",
+    "gradient_accumulation_steps": "task.batch_size and task.micro_batch_size",
+    "gradient_clipping": "optimizer.clip",
+    "fp16": "model.precision",
+    "bf16": "model.precision",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+}
+
+
+def read_deepspeed(name: str | None) -> dict[str, Any]:
+    """The ZeRO and communication keys of a DeepSpeed JSON file; ZeRO-0 for None.
+
+    A relative path is looked up from the working directory, then among the files shipped with mlalign.
+    Raises UserError for a key that `Config` governs, an unknown key, or the value "auto".
+    """
+    if name is None:
+        return {"zero_optimization": {"stage": 0}}
+    package = Path(__file__).parent
+    places = [Path(name), package.parent / name, package / name]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        shipped = sorted(p.name for folder in (package.parent, package) for p in (folder / "ds_configs").glob("*.json"))
+        raise UserError(f"deepspeed: {name} does not exist; shipped in ds_configs/: {', '.join(shipped)}")
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"deepspeed: {path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"deepspeed: {path} must hold one JSON object")
+    for key in values:
+        if key in _GOVERNED:
+            raise UserError(f"deepspeed: {path} sets {key}, which belongs into the config as {_GOVERNED[key]}")
+        if key not in _DEEPSPEED_KEYS:
+            raise UserError(f"deepspeed: {path} has the key {key}{_suggest(key, _DEEPSPEED_KEYS)}; only "
+                            "ZeRO and communication keys belong there")
+    automatic = [key for key, value in _flatten(values).items() if value == "auto"]
+    if automatic:
+        raise UserError(f'deepspeed: {path} sets {automatic[0]} to "auto": write the value, or leave the key out')
+    return values
+
+
+def _explain(error: ValidationError) -> str:
+    """All of pydantic's complaints as one sentence, each with the key's path."""
+    return "; ".join(_explain_one(item) for item in error.errors())
+
+
+def _explain_one(item: dict) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key}{_suggest(key.split('.')[-1], _siblings(item['loc']))}"
+    if item["type"] == "missing":
+        return f"{key} is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    return f"{key} is {item['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _siblings(loc: tuple) -> set[str]:
+    """Field names of the section in which the key at `loc` was looked for."""
+    model: type[BaseModel] = Config
+    for part in loc[:-1]:
+        if isinstance(part, str) and part in model.model_fields:
+            nested = _nested_model(model.model_fields[part].annotation)
+            model = nested or model
+    return set(model.model_fields)
+
+
+def _nested_model(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside `Task`, `Task | None` or `list[Source]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inner = (_nested_model(argument) for argument in getattr(annotation, "__args__", ()))
+    return next((model for model in inner if model), None)
+
+
+def _suggest(key: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {k: v for key, value in values.items()
+            for k, v in _flatten(value, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

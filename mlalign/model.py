@@ -1,0 +1,281 @@
+"""The model: any Hugging Face decoder-only LM, adapters, the truncated forward, and the DeepSpeed engine around it.
+
+`AlignedModel` is what the engine wraps. One call of it is one forward pass of one objective; an alignment pass runs
+the first k decoder blocks and nothing else.
+"""
+
+import copy
+import importlib.util
+import json
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import HfDeepSpeedConfig
+
+from mlalign import distributed
+from mlalign.config import Config, Lora, Model
+from mlalign.errors import UserError
+from mlalign.loss import token_nll
+from mlalign.pooling import POOLERS
+
+_NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises UserError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(f"model.path {settings.path}: no tokenizer could be loaded: {_first_line(error)}") from error
+
+
+def load_model_config(settings: Model):
+    """The model's transformers config, without its weights. Raises UserError where there is none."""
+    try:
+        return AutoConfig.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
+    except Exception as error:
+        raise UserError(f"model.path {settings.path}: no model could be loaded: {_first_line(error)}") from error
+
+
+def precision_dtype(precision: str) -> torch.dtype:
+    """auto = bf16 on CUDA, else fp32."""
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def attention_name(attention: str, dtype: torch.dtype) -> str:
+    """auto = flash attention where it is installed, on CUDA and in bf16, else sdpa."""
+    if attention != "auto":
+        return attention
+    flash = torch.cuda.is_available() and dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn")
+    return "flash_attention_2" if flash else "sdpa"
+
+
+def load_lm(settings: Model, deepspeed_config: dict[str, Any] | None = None) -> PreTrainedModel:
+    """The pretrained model. Under ZeRO-3 every rank holds its shard only, from the first byte on.
+
+    Args: deepspeed_config: the engine's config while training, None elsewhere.
+    """
+    dtype = precision_dtype(settings.precision)
+    with _sharded_loading(deepspeed_config):
+        try:
+            lm = AutoModelForCausalLM.from_pretrained(
+                settings.path,
+                dtype=dtype,
+                attn_implementation=attention_name(settings.attention, dtype),
+                trust_remote_code=settings.trust_remote_code,
+            )
+        except Exception as error:
+            raise UserError(f"model.path {settings.path}: no model could be loaded: {_first_line(error)}") from error
+    lm.config.use_cache = False
+    if settings.gradient_checkpointing:
+        # Reentrant checkpointing fails where a block runs twice in one backward, as with two passes over a pair.
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return lm
+
+
+@contextmanager
+def _sharded_loading(deepspeed_config: dict[str, Any] | None) -> Iterator[None]:
+    """While this object lives, transformers shards every model it builds; so it must not outlive the loading."""
+    stage = (deepspeed_config or {}).get("zero_optimization", {}).get("stage")
+    keeper = HfDeepSpeedConfig(deepspeed_config) if stage == 3 else None
+    try:
+        yield
+    finally:
+        del keeper
+
+
+def add_lora(lm: PreTrainedModel, lora: Lora) -> PeftModel:
+    """Freeze the model and add LoRA adapters. Raises UserError where no module has one of the names."""
+    settings = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(lm, settings, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise UserError(f"lora.target_modules {lora.target_modules}: {_first_line(error)}") from error
+
+
+def load_for_inference(path: str, adapter: str | None = None) -> nn.Module:
+    """A model, with an adapter's weights merged in where one is given, in eval mode on this rank's device."""
+    lm = load_lm(Model(path=path))
+    if adapter is not None:
+        try:
+            lm = PeftModel.from_pretrained(lm, adapter).merge_and_unload()
+        except (ValueError, OSError, RuntimeError) as error:
+            raise UserError(f"adapter {adapter} cannot be loaded: {_first_line(error)}") from error
+    return lm.to(distributed.device()).eval()
+
+
+# ------------------------------------------------------------------------------------------------- truncated forward
+
+
+def decoder_parts(lm: nn.Module) -> tuple[nn.Module, str, str]:
+    """The decoder of a causal LM (below its LM head), and the names of its block list and its final norm in it.
+
+    Raises UserError for an architecture that is laid out otherwise.
+    """
+    base = lm.get_base_model() if isinstance(lm, PeftModel) else lm
+    decoder = base.get_decoder()
+    depth = base.config.get_text_config().num_hidden_layers
+    stacks = [n for n, m in decoder.named_children() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    norms = [name for name, _ in decoder.named_children() if name in _NORM_NAMES]
+    if len(stacks) != 1 or len(norms) != 1:
+        raise UserError(
+            f"{type(base).__name__} is not supported: its decoder has {len(stacks)} lists of {depth} blocks and "
+            f"{len(norms)} final norms, where one of each is needed"
+        )
+    return decoder, stacks[0], norms[0]
+
+
+def truncated_decoder(lm: nn.Module, layer: int) -> nn.Module:
+    """The decoder's first `layer` blocks, without the final norm, as a view that shares every parameter.
+
+    `view(input_ids=..., attention_mask=..., use_cache=False).last_hidden_state` equals `hidden_states[layer]` of the
+    whole model, for layer < depth (the last of `hidden_states` is behind the final norm, the view is before it). The
+    whole model is untouched. Make the view after adapters are added and before `deepspeed.initialize`, and keep it
+    out of the module tree, or its parameters count twice.
+    """
+    decoder, stack, norm = decoder_parts(lm)
+    view = copy.copy(decoder)
+    view.__dict__ = dict(decoder.__dict__)
+    view._modules = dict(decoder._modules)
+    view._modules[stack] = nn.ModuleList(decoder._modules[stack][:layer])
+    view._modules[norm] = nn.Identity()
+    for name, value in vars(view).items():
+        if name.endswith("_hooks") and isinstance(value, OrderedDict):
+            vars(view)[name] = OrderedDict()  # the copied dicts are the decoder's own: hooks on one would run in both
+    return view
+
+
+def resolve_layer(layer: int | str, depth: int) -> int:
+    """auto = half the depth. Raises UserError for a layer that the model does not have."""
+    if layer == "auto":
+        return max(depth // 2, 1)
+    if not 1 <= layer <= depth:
+        raise UserError(f"alignment.layer is {layer}, but the model has layers 1 to {depth}")
+    return layer
+
+
+class AlignedModel(nn.Module):
+    """A causal LM and the truncated view of it, behind the single forward that the engine needs."""
+
+    def __init__(self, lm: nn.Module, layer: int, pooling: str) -> None:
+        super().__init__()
+        self.lm = lm
+        self.layer = layer
+        self._pool = POOLERS[pooling]
+        self._view = [truncated_decoder(lm, layer)]  # in a list, so that it is not registered as a submodule
+
+    def forward(
+        self, task: dict[str, torch.Tensor] | None = None, bitext: list[dict[str, torch.Tensor]] | None = None
+    ) -> torch.Tensor:
+        """One pass of one objective.
+
+        Args: task: `data.collate_task`; or bitext: `data.collate_bitext`.
+        Returns: the sum of token NLL (a scalar), or embeddings [2, pairs, hidden], src first, fp32.
+        """
+        if task is not None:
+            inputs = {name: task[name] for name in ("input_ids", "attention_mask")}
+            return token_nll(self.lm(**inputs, use_cache=False).logits, task["labels"])
+        return self._pooled(bitext)
+
+    def _pooled(self, passes: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        states = [self._view[0](**inputs, use_cache=False).last_hidden_state for inputs in passes]
+        rows = torch.cat([self._pool(state, inputs["attention_mask"]) for state, inputs in zip(states, passes)])
+        return rows.view(2, -1, rows.shape[-1])
+
+    def train(self, mode: bool = True) -> "AlignedModel":
+        super().train(mode)
+        self._view[0].training = mode  # the view is no submodule: its blocks follow the mode, its own flag does not
+        return self
+
+    def above(self) -> list[nn.Parameter]:
+        """Trainable parameters that an alignment pass never reaches: blocks above the layer, final norm, LM head."""
+        reached = {id(parameter) for parameter in self._view[0].parameters()}
+        return [p for p in self.lm.parameters() if p.requires_grad and id(p) not in reached]
+
+
+# ------------------------------------------------------------------------------------------------------------ engine
+
+
+def engine_config(config: Config, zero: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's config: ZeRO and communication from the user's file, the rest from ours.
+
+    DeepSpeed is told of one micro-batch per step, because `objectives` owns the accumulation.
+    """
+    return zero | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimizer.clip,
+        "bf16": {"enabled": precision_dtype(config.model.precision) == torch.bfloat16},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def parameter_groups(model: AlignedModel, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups: reached by alignment or above it, times matrix (decayed) or vector (not).
+
+    The groups with `above` rest in steps without a task batch: AdamW would move them by its momentum alone.
+    """
+    above = {id(p) for p in model.above()}
+    groups: dict[tuple[bool, bool], list] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # ds_shape: whole, where ZeRO-3 shards
+            groups.setdefault((id(parameter) in above, matrix), []).append(parameter)
+    return [
+        {"params": parameters, "above": is_above, "weight_decay": weight_decay if matrix else 0.0}
+        for (is_above, matrix), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def make_optimizer(config: Config, groups: list[dict[str, Any]], zero: dict[str, Any]) -> torch.optim.Optimizer:
+    """AdamW; DeepSpeed's CPU kernel where the optimizer is offloaded, which ZeRO demands."""
+    settings = config.optimizer
+    arguments = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    if zero["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
+    return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **arguments)
+
+
+def set_lr(optimizer, lr: float, rest_above: bool) -> None:
+    """Set every group's learning rate: `lr`, but 0 above the layer where this step must leave it alone."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0 if rest_above and group["above"] else lr
+
+
+def make_engine(model: AlignedModel, optimizer: torch.optim.Optimizer, deepspeed_config: dict[str, Any]):
+    """Wrap the model in a DeepSpeed engine."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+    return engine
+
+
+def write_engine_config(deepspeed_config: dict[str, Any], path: Path) -> None:
+    """Keep what the engine was given in the run directory."""
+    path.write_text(json.dumps(deepspeed_config, indent=2) + "\n")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

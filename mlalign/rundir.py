@@ -1,0 +1,49 @@
+"""A run is its directory: made, or checked to belong to the same config, before anything else happens.
+
+    config.yaml        the resolved config          checkpoints/      see `checkpoint`
+    deepspeed.json     what the engine was given    adapter/, model/  the result: best on dev, else the last
+    environment.txt    versions, host, ranks        tensorboard/      the same as metrics.jsonl, as curves
+    metrics.jsonl      one line per log step
+"""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from mlalign import distributed
+from mlalign.config import Config, dump, load
+from mlalign.errors import UserError
+
+
+def open_run(config: Config, run_dir: Path) -> None:
+    """Make the run directory, or check that it belongs to this config. Rank 0 alone; a failure there ends all ranks."""
+    with distributed.on_main():
+        if not distributed.is_main():
+            return
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            probe = run_dir / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"run_dir {run_dir} cannot be written: {error.strerror}") from error
+        path = run_dir / "config.yaml"
+        started = (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists()
+        if path.exists() and started:
+            different = config.differences(load(path))
+            if different:
+                raise UserError(
+                    f"run_dir {run_dir} belongs to a run with another config (different: {', '.join(different)}): "
+                    "choose another run_dir, or the same values to resume"
+                )
+        dump(config, path)
+        (run_dir / "environment.txt").write_text(_environment())
+
+
+def _environment() -> str:
+    packages = ("mlalign", "torch", "deepspeed", "transformers", "peft", "datasets", "numpy")
+    lines = [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return "\n".join([*lines, f"host {platform.node()}, {gpu}, {distributed.world_size()} ranks"]) + "\n"

@@ -1,0 +1,178 @@
+"""Fixtures: real ranks, a tiny model and tokenizer, and rows of data. Nothing is mocked."""
+
+import json
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the tests' own process beside up to four ranks on two cores
+
+TEXT = [
+    "wake me up at nine am on friday", "play the new song by adele", "what is the weather in paris tomorrow",
+    "weck mich am freitag um neun uhr", "spiel das neue lied von adele", "wie wird das wetter morgen in paris",
+    "разбуди меня в пятницу в девять", "включи новую песню адель", "какая завтра погода в париже",
+]
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+class RankPool:
+    """Processes that form one gloo process group and run functions together, many times over."""
+
+    def __init__(self, size: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable, *args: Any, timeout: float = 300) -> list[Any]:
+        """`function(*args)` on all ranks at once; their results in rank order. Raises what any of them raised."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(timeout):
+                raise self._fail(f"rank {rank} did not answer within {timeout} s")
+            ok, value = pipe.recv()
+            if not ok:
+                raise self._fail(f"rank {rank} failed:\n{value}")
+            results.append(value)
+        return results
+
+    def _fail(self, message: str) -> AssertionError:
+        self.close()
+        return AssertionError(message)
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+
+def _serve(rank: int, size: int, port: str, pipe) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+    )
+    from mlalign import distributed
+
+    distributed.init()
+    while True:
+        function, args = pipe.recv()
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], RankPool]]:
+    """`ranks(n).run(function, *args)` runs a function of a test module on n real ranks."""
+    pools: dict[int, RankPool] = {}
+
+    def get(size: int) -> RankPool:
+        if size not in pools or not pools[size].alive:
+            pools[size] = RankPool(size)
+        return pools[size]
+
+    yield get
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE with BOS, EOS, padding and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "<s>", "</s>"]
+    bpe.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet))
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="right"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tokenizer) -> Path:
+    """A directory with a random Llama of 4 blocks and the tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1, tie_word_embeddings=False,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )
+    LlamaForCausalLM(settings).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory) -> dict[str, Path]:
+    """Small files: task rows with answers of very unequal length, and bitext with repeated sentences."""
+    folder = tmp_path_factory.mktemp("rows")
+    languages = ["en", "de", "ru"]
+    task = [
+        {"prompt": f"{TEXT[i % 9]} {i} =>", "completion": " time: nine am;" * (i % 5 * 2 + 1), "lang": languages[i % 3]}
+        for i in range(48)
+    ]
+    bitext = [
+        {"src": f"{TEXT[3 + i % 6]} {i // 2}", "tgt": f"{TEXT[i % 3]} {i // 4}",
+         "src_lang": languages[1 + i % 2], "tgt_lang": "en"}
+        for i in range(48)
+    ]
+    return {
+        "task": write_jsonl(folder / "task.jsonl", task),
+        "task_dev": write_jsonl(folder / "task_dev.jsonl", task[:7]),
+        "bitext": write_jsonl(folder / "bitext.jsonl", bitext),
+        "bitext_dev": write_jsonl(folder / "bitext_dev.jsonl", bitext[:9]),
+    }
+
+
+@pytest.fixture
+def settings(tmp_path, tiny_model, rows) -> dict[str, Any]:
+    """A small, valid config as nested dicts, for tests to change."""
+    return {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"path": str(tiny_model)},
+        "lora": {"dropout": 0.0},
+        "task": {"train": str(rows["task"]), "batch_size": 8, "micro_batch_size": 2},
+        "alignment": {"train": str(rows["bitext"]), "batch_size": 8, "micro_batch_size": 8},
+        "optimizer": {"steps": 3, "lr": 1e-2, "schedule": "constant", "warmup_ratio": 0.0},
+    }

@@ -1,0 +1,78 @@
+"""A plain single-process PyTorch training loop with naive losses: what every number of ranks must reproduce.
+
+It shares nothing with the package but the reading of rows and the order of examples.
+"""
+
+import math
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from mlalign.config import Config
+from mlalign.dataset import load_dataset
+from mlalign.model import load_tokenizer
+
+
+def task_loss(lm, examples) -> torch.Tensor:
+    """Mean over all learned tokens, one row at a time."""
+    total, count = 0.0, 0
+    for example in examples:
+        log_p = lm(input_ids=torch.tensor([example.ids])).logits[0].double().log_softmax(-1)
+        for t, label in enumerate(example.labels):
+            if t and label != -100:
+                total, count = total - log_p[t - 1, label], count + 1
+    return total / count
+
+
+def embed(lm, ids: list[int], layer: int) -> torch.Tensor:
+    states = lm(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0].double()
+    return states.mean(0) / states.mean(0).norm()
+
+
+def same(a, b) -> bool:
+    """Whether two pairs share a sentence or an id."""
+    texts = {a.keys[0], a.keys[1]} & {b.keys[0], b.keys[1]}
+    return bool(texts) or (a.keys[2] != 0 and a.keys[2] == b.keys[2])
+
+
+def info_nce(rows, columns, positives, temperature: float) -> torch.Tensor:
+    """Double loop over anchors and their positives; positives[i] = set of columns."""
+    total = 0.0
+    for i, row in enumerate(rows):
+        score = [torch.dot(row, column) / temperature for column in columns]
+        negatives = [score[j].exp() for j in range(len(columns)) if j not in positives[i]]
+        terms = [-torch.log(score[p].exp() / (score[p].exp() + sum(negatives))) for p in positives[i]]
+        total = total + sum(terms) / len(terms)
+    return total / len(rows)
+
+
+def alignment_loss(lm, pairs, layer: int, temperature: float, by_id: bool = True, symmetric: bool = True):
+    src = [embed(lm, pair.src, layer) for pair in pairs]
+    tgt = [embed(lm, pair.tgt, layer) for pair in pairs]
+    n = len(pairs)
+    positives = [{j for j in range(n) if i == j or (by_id and same(pairs[i], pairs[j]))} for i in range(n)]
+    loss = info_nce(src, tgt, positives, temperature)
+    return (loss + info_nce(tgt, src, positives, temperature)) / 2 if symmetric else loss
+
+
+def train(config: Config, layer: int) -> dict[str, torch.Tensor]:
+    """Joint steps, constant learning rate. Returns every trainable parameter by name."""
+    lm = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    if config.lora:
+        torch.manual_seed(config.seed)
+        settings = LoraConfig(r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=0.0,
+                              target_modules="all-linear", task_type="CAUSAL_LM")
+        lm = get_peft_model(lm, settings)
+    dataset = load_dataset(config, load_tokenizer(config.model))
+    parameters = [p for p in lm.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.lr, eps=config.optimizer.eps, weight_decay=0.0)
+    for _ in range(config.optimizer.steps):
+        loss = task_loss(lm, dataset.orders["task"].take(config.task.batch_size))
+        pairs = dataset.orders["alignment"].take(config.alignment.batch_size)
+        loss = loss + config.alignment.weight * alignment_loss(lm, pairs, layer, config.alignment.temperature)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip or math.inf)
+        optimizer.step()
+    return {name: p.detach().clone() for name, p in lm.named_parameters() if p.requires_grad}

@@ -1,0 +1,64 @@
+"""The result does not depend on the number of ranks or the ZeRO stage: three steps against a plain PyTorch loop."""
+
+import pytest
+import reference
+import torch
+
+from mlalign.config import Config
+
+ADAM = {"eps": 1e-6}  # the default 1e-8 turns rounding of near-zero gradients into whole steps
+
+
+def run_steps(values: dict, zero: dict, optimizer: str = "adamw") -> tuple[dict[str, torch.Tensor], list[float]]:
+    """On one rank of many: the steps of `mlalign train`. Returns all trainable weights, and the gradient norms."""
+    from mlalign import checkpoint, model
+    from mlalign.commands import train
+    from mlalign.dataset import load_dataset
+    from mlalign.tracker import Meter
+
+    config = Config.model_validate(values)
+    if optimizer == "sgd":
+        model.make_optimizer = lambda config, groups, zero: torch.optim.SGD(groups, lr=config.optimizer.lr)
+    engine_config = model.engine_config(config, zero)
+    dataset = load_dataset(config, model.load_tokenizer(config.model))
+    engine = train._make_engine(config, engine_config, layer=2)
+    engine.train()
+    norms = []
+    for step in range(config.optimizer.steps):
+        with_task = train._backward(engine, config, dataset, step, 0, Meter())
+        norms.append(train._optimizer_step(engine, config.optimizer.lr, with_task, measure=True))
+    weights = checkpoint._gathered(engine.module.lm, trainable_only=True)
+    engine.destroy()
+    return weights, norms
+
+
+def relative_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    assert found.keys() == wanted.keys()
+    difference = sum((found[name].double() - wanted[name].double()).square().sum() for name in wanted)
+    return float((difference / sum(weight.double().square().sum() for weight in wanted.values())).sqrt())
+
+
+@pytest.fixture(scope="module")
+def references() -> dict:
+    return {}
+
+
+@pytest.mark.parametrize("adapters", ["lora", "full"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_three_steps_equal_the_plain_loop(ranks, settings, references, size, stage, adapters):
+    settings["optimizer"] |= {"clip": 0.5, "lr": 1e-3} | ADAM
+    if adapters == "full":
+        settings["lora"] = None
+    if adapters not in references:
+        references[adapters] = reference.train(Config.model_validate(settings), layer=2)
+    weights, norms = ranks(size).run(run_steps, settings, {"zero_optimization": {"stage": stage}})[0]
+    assert relative_error(weights, references[adapters]) < 1e-5
+    assert min(norms) > 0.5, "clipping was not tried"
+
+
+def test_the_steps_compared_above_move_the_weights(settings):
+    settings["optimizer"] |= {"clip": 0.5, "lr": 1e-3} | ADAM
+    after = reference.train(Config.model_validate(settings), layer=2)
+    settings["optimizer"]["lr"] = 1e-30
+    assert relative_error(reference.train(Config.model_validate(settings), layer=2), after) > 1e-2
