@@ -3,6 +3,8 @@
 import os
 import sys
 import time
+import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +18,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 
 
 @app.callback()
-def _root(local_rank: Annotated[int, typer.Option(hidden=True)] = 0) -> None:
+def _root(local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0) -> None:
     """Fine-tune an LLM on a task and align its middle layer across languages, in one run."""
     # The deepspeed launcher appends --local_rank to what it starts; LOCAL_RANK says the same.
 
@@ -39,8 +41,66 @@ def inspect(config: ConfigPath, overrides: Overrides = None) -> None:
     inspect(load(config, overrides or []))
 
 
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A directory or hub id.")],
+    test: Annotated[list[str], typer.Option(help="Files or globs of task rows with `lang`; may be repeated.")],
+    output: Annotated[Path, typer.Option(help="Directory for report.json and predictions.jsonl.")],
+    adapter: Annotated[str | None, typer.Option(help="A peft adapter, such as RUN_DIR/adapter.")] = None,
+    task: Annotated[str, typer.Option(help="How answers are scored.")] = "slot_filling",
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Rows per language; all by default.")] = None,
+) -> None:
+    """Generate answers for test files and score them per language."""
+    from mlalign.commands.evaluate import evaluate
+
+    evaluate(model, test, output, adapter, task, batch_size, max_new_tokens, max_rows)
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="A directory or hub id.")],
+    data: Annotated[Path, typer.Option(help="Directory of <language>.jsonl with `text`, line-aligned.")],
+    output: Annotated[Path, typer.Option(help="Directory for probe.json and layers.png.")],
+    adapter: Annotated[str | None, typer.Option(help="A peft adapter, such as RUN_DIR/adapter.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    max_sentences: Annotated[int | None, typer.Option(min=2, help="Per language; all by default.")] = None,
+) -> None:
+    """Measure translation retrieval at every layer, over all directions."""
+    from mlalign.commands.probe import probe
+
+    probe(model, data, output, adapter, batch_size, max_sentences)
+
+
+@app.command()
+def prepare(
+    dataset: Annotated[str, typer.Argument(help="massive")],
+    folder: Annotated[Path, typer.Argument(metavar="INPUT", help="Directory with the dataset's files.")],
+    output: Annotated[Path, typer.Argument(help="Directory for <split>.<language>.jsonl.")],
+) -> None:
+    """Turn a public dataset into task rows."""
+    from mlalign.commands.prepare import prepare_massive
+
+    if dataset != "massive":
+        raise UserError(f"dataset {dataset} is not known: prepare reads massive")
+    prepare_massive(folder, output)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Of data, base model and fine-tuning.")] = 0,
+) -> None:
+    """Run the whole method on embedded data: minutes on a CPU, no download."""
+    from mlalign.commands.demo import demo
+
+    demo(output, seed)
+
+
 def main() -> None:
     """Run a verb. A user's mistake is one sentence on stderr and exit code 2."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch")  # of theirs to each other
     try:
         app(standalone_mode=True)
     except UserError as error:

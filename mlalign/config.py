@@ -79,9 +79,14 @@ class Alignment(BaseModel, extra="forbid"):
     weight: float = Field(1.0, gt=0)  #: factor of the alignment loss
 
 
+def _as_ratio(value: Any) -> Any:
+    """YAML 1.1 reads an unquoted 2:1 as the base-60 number 121."""
+    return "{}:{}".format(*divmod(value, 60)) if isinstance(value, int) and value >= 60 else value
+
+
 class Interleave(BaseModel, extra="forbid"):
     mode: Literal["joint", "alternate", "micro_batch"] = "joint"
-    ratio: str = Field("1:1", pattern=r"^\d+:\d+$")  #: task batches : alignment batches
+    ratio: Annotated[str, BeforeValidator(_as_ratio)] = Field("1:1", pattern=r"^\d+:\d+$")  #: task : alignment batches
     micro_batches: int | None = Field(None, gt=0)  #: mode micro_batch: batches accumulated in one step
 
     @property
@@ -132,7 +137,7 @@ class Config(BaseModel, extra="forbid"):
             if share and section is None:
                 raise ValueError(f"interleave.ratio {self.interleave.ratio} needs the section `{name}`: it is missing")
             if not share and section is not None:
-                raise ValueError(f"interleave.ratio {self.interleave.ratio} leaves `{name}` out, but the section is set")
+                raise ValueError(f"interleave.ratio {self.interleave.ratio} leaves `{name}` out, but it is set")
             if section is not None and section.streaming and section.language_temperature != 1:
                 raise ValueError(f"{name}.language_temperature must be 1 with {name}.streaming: a stream has no counts")
         if (self.interleave.mode == "micro_batch") != (self.interleave.micro_batches is not None):
@@ -238,8 +243,15 @@ def read_deepspeed(name: str | None) -> dict[str, Any]:
         if key in _GOVERNED:
             raise UserError(f"deepspeed: {path} sets {key}, which belongs into the config as {_GOVERNED[key]}")
         if key not in _DEEPSPEED_KEYS:
-            raise UserError(f"deepspeed: {path} has the key {key}{_suggest(key, _DEEPSPEED_KEYS)}; only "
-                            "ZeRO and communication keys belong there")
+            raise UserError(
+                f"deepspeed: {path} has the key {key}{_suggest(key, _DEEPSPEED_KEYS)}; only "
+                "ZeRO and communication keys belong there"
+            )
+    settings = values.get("zero_optimization")
+    if not isinstance(settings, dict) or settings.get("stage") not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed: {path} must set zero_optimization.stage to 0, 1, 2 or 3")
+    if settings.get("overlap_comm") and settings["stage"] < 2:
+        raise UserError(f"deepspeed: {path} sets overlap_comm, which needs ZeRO stage 2 or 3 here")
     automatic = [key for key, value in _flatten(values).items() if value == "auto"]
     if automatic:
         raise UserError(f'deepspeed: {path} sets {automatic[0]} to "auto": write the value, or leave the key out')
@@ -289,8 +301,9 @@ def _suggest(key: str, known: set[str]) -> str:
 def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(values, dict):
         return {prefix: values}
-    return {k: v for key, value in values.items()
-            for k, v in _flatten(value, f"{prefix}.{key}" if prefix else key).items()}
+    return {
+        k: v for key, value in values.items() for k, v in _flatten(value, f"{prefix}.{key}" if prefix else key).items()
+    }
 
 
 def _one_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""From rows to padded batches: read, check, tokenise, mask, truncate, collate.
+"""From rows to padded batches: check, tokenise, mask, truncate, collate.
 
 A row is one JSON object. Task rows hold `messages` (rendered by the model's chat template, the assistant's turns are
 learned) or `prompt` and `completion` (plain text, the completion is learned). Bitext rows hold `src`, `tgt`,
@@ -8,14 +8,10 @@ Every mistake is a `UserError` that names file and line; what is cut or dropped 
 `mlalign inspect CONFIG` shows what comes out.
 """
 
-import glob
 import hashlib
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from mlalign.config import Source
 from mlalign.errors import UserError
 from mlalign.loss import IGNORED
+from mlalign.rows import Row, read_rows
 
 TASK_FIELDS = ("messages", "prompt", "completion", "lang", "id")
 BITEXT_FIELDS = ("src", "tgt", "src_lang", "tgt_lang", "translation", "id")
-Row = dict[str, Any]
-
-_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,86 +84,6 @@ class Counts:
         return ", ".join(parts)
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
-def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
-    """Yield (where, row) lazily, where = "file:line" for error messages. Nothing is checked but that rows are objects.
-
-    Raises UserError for a missing file, broken JSON, or a hub dataset that cannot be had.
-    """
-    if not _is_local(source.path):
-        yield from _read_with_datasets(source.path, source.subset, split=source.split)
-        return
-    paths = sorted(glob.glob(source.path, recursive=True)) or [source.path]
-    for path in paths:
-        if not os.path.isfile(path):
-            raise UserError(f"{path} does not exist or is no file")
-        suffix = Path(path).suffix
-        if suffix in (".jsonl", ".json"):
-            yield from _read_json(path)
-        elif suffix in _SUFFIXES:
-            yield from _read_with_datasets(suffix[1:], data_files=path, split="train")
-        else:
-            raise UserError(f"{path} must end in {', '.join(_SUFFIXES)}")
-
-
-def _is_local(path: str) -> bool:
-    return os.path.exists(path) or glob.has_magic(path) or path.startswith(("/", ".")) or Path(path).suffix in _SUFFIXES
-
-
-def _read_json(path: str) -> Iterator[tuple[str, Row]]:
-    """JSON Lines, or one JSON array of objects."""
-    with open(path, "rb") as file:
-        if file.read(64).lstrip().startswith(b"["):
-            file.seek(0)
-            for number, row in enumerate(_parse_json(file.read(), path), 1):
-                yield _checked(row, f"{path}, item {number}")
-            return
-        file.seek(0)
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{path}:{number}"
-                yield _checked(_parse_json(line, where), where)
-
-
-def _parse_json(text: bytes, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not valid UTF-8 (byte {error.start})") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON: {error}") from error
-
-
-def _checked(row: Any, where: str) -> tuple[str, Row]:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    return where, row
-
-
-def _read_with_datasets(name: str, subset: str | None = None, **kwargs) -> Iterator[tuple[str, Row]]:
-    import datasets  # here: it takes seconds, and JSON Lines need it not
-
-    datasets.disable_progress_bars()
-    label = kwargs.get("data_files", name)
-    try:
-        for number, row in enumerate(datasets.load_dataset(name, subset, streaming=True, **kwargs), 1):
-            yield f"{label}, row {number}", row
-    except UserError:
-        raise
-    except Exception as error:  # datasets raises many kinds; a user needs the file and the reason
-        kind = "cannot be read" if "data_files" in kwargs else "is neither a local file nor a readable hub dataset"
-        raise UserError(f"{label} {kind}: {' '.join(str(error).split())[:300]}") from error
-
-
-def _renamed(row: Row, columns: dict[str, str], where: str) -> Row:
-    missing = [theirs for theirs in columns.values() if theirs not in row]
-    if missing:
-        raise UserError(f"{where}: no column {missing[0]!r}, found {', '.join(map(repr, row))}")
-    return row | {ours: row[theirs] for ours, theirs in columns.items()}
-
-
 # ------------------------------------------------------------------------------------------------------- tokenising
 
 
@@ -195,6 +109,13 @@ def examples(
                 yield example
         if empty:
             raise UserError(f"{source.path} holds no rows")
+
+
+def _renamed(row: Row, columns: dict[str, str], where: str) -> Row:
+    missing = [theirs for theirs in columns.values() if theirs not in row]
+    if missing:
+        raise UserError(f"{where}: no column {missing[0]!r}, found {', '.join(map(repr, row))}")
+    return row | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
 def load_task(sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_length: int, counts: Counts):
@@ -248,6 +169,13 @@ def encode_prompt(row: Row, where: str, tokenizer: PreTrainedTokenizerBase) -> l
     return encode_text(text[: spans[-1][0]], tokenizer)
 
 
+def render_answer(row: Row, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The answer that `encode_prompt` leaves out, as the decoded text of its tokens without special ones."""
+    text, spans, _ = _render_task(row, where, tokenizer)
+    ids = tokenizer.encode(text[slice(*spans[-1])], add_special_tokens=False)
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
 def text_hash(text: str) -> int:
     """64-bit identity of a sentence up to case and spacing; never 0."""
     normal = " ".join(text.casefold().split())
@@ -273,9 +201,7 @@ def _encode_task(
     return with_bos, [IGNORED] * (len(with_bos) - len(ids)) + labels, masked
 
 
-def _render_task(
-    row: Row, where: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[tuple[int, int]], int]:
+def _render_task(row: Row, where: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]], int]:
     """The whole text, the character spans that are learned, and how many assistant turns are not."""
     if "messages" in row:
         return _render_messages(_messages(row["messages"], "messages", where), where, tokenizer)
@@ -293,9 +219,13 @@ def _render_task(
 
 
 def _messages(value: Any, name: str, where: str) -> list[dict]:
-    good = isinstance(value, list) and value and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in value
+    good = (
+        isinstance(value, list)
+        and value
+        and all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in value
+        )
     )
     if not good:
         raise UserError(f"{where}: {name!r} must be a list of {{role, content}} objects with text in both")
@@ -321,9 +251,9 @@ def _render_messages(
     spans = []
     answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
     for i in answers:
-        end = render(messages[: i + 1])
+        before, end = render(messages[:i]), render(messages[: i + 1])
         start = _common_prefix(render(messages[:i], add_generation_prompt=True), end)
-        if text.startswith(end) and start < len(end):
+        if text.startswith(end) and len(before) <= start < len(end):
             spans.append((start, len(end)))
     if not spans:
         raise UserError(f"{where}: `messages` has no assistant turn to learn")

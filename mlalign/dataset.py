@@ -46,9 +46,7 @@ def _add_order(dataset: Dataset, name: str, section: Task | Alignment, load, tok
     """Make the global order of one objective; returns its number of rows, 0 for a stream."""
     counts = dataset.counts[f"{name}.train"] = Counts()
     if section.streaming:
-        epoch = streamed(
-            lambda: load(section.train, tokenizer, section.max_length, counts), section.batch_size, seed
-        )
+        epoch = streamed(lambda: load(section.train, tokenizer, section.max_length, counts), section.batch_size, seed)
         dataset.orders[name] = GlobalOrder(epoch)
         return 0
     rows = _load_all(f"{name}.train", section, section.train, load, tokenizer, counts)

@@ -43,8 +43,17 @@ def init() -> None:
     import deepspeed  # here: it takes seconds, and commands that need no engine should not pay for it
 
     deepspeed.init_distributed(
-        "nccl" if cuda else "gloo", auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False,
+        "nccl" if cuda else "gloo",
+        auto_mpi_discovery=False,
+        timeout=_TIMEOUT,
+        verbose=False,
     )
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several. Raises UserError as `init` does."""
+    _refuse_unranked()
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def _refuse_unranked() -> None:

@@ -36,9 +36,7 @@ def task_loss(engine, examples: list[TaskExample], micro_batch_size: int, pad: i
     return distributed.all_sum(total).item() / sum(example.learned for example in examples)
 
 
-def embed_pairs(
-    engine, pairs: list[Pair], micro_batch_size: int, pad: int
-) -> tuple[torch.Tensor, list[Pair]]:
+def embed_pairs(engine, pairs: list[Pair], micro_batch_size: int, pad: int) -> tuple[torch.Tensor, list[Pair]]:
     """Embeddings of all pairs on every rank, [2, pairs, hidden] on the CPU, and the pairs in the same order.
 
     The order is that of the keys' hashes: the same for any number of ranks, and as good as random.

@@ -7,6 +7,7 @@ the first k decoder blocks and nothing else.
 import copy
 import importlib.util
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils.logging import disable_progress_bar
 
 from mlalign import distributed
 from mlalign.config import Config, Lora, Model
@@ -68,6 +70,7 @@ def load_lm(settings: Model, deepspeed_config: dict[str, Any] | None = None) -> 
     Args: deepspeed_config: the engine's config while training, None elsewhere.
     """
     dtype = precision_dtype(settings.precision)
+    disable_progress_bar()
     with _sharded_loading(deepspeed_config):
         try:
             lm = AutoModelForCausalLM.from_pretrained(
@@ -222,6 +225,7 @@ def engine_config(config: Config, zero: dict[str, Any]) -> dict[str, Any]:
     return zero | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
         "gradient_clipping": config.optimizer.clip,
         "bf16": {"enabled": precision_dtype(config.model.precision) == torch.bfloat16},
         "zero_allow_untested_optimizer": True,
@@ -267,8 +271,26 @@ def make_engine(model: AlignedModel, optimizer: torch.optim.Optimizer, deepspeed
     """Wrap the model in a DeepSpeed engine."""
     import deepspeed
 
+    clip = deepspeed_config["gradient_clipping"]
+    plain = deepspeed_config["zero_optimization"]["stage"] == 0 and not deepspeed_config["bf16"]["enabled"]
+    if plain:
+        deepspeed_config = deepspeed_config | {"gradient_clipping": 0.0}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+    if plain:
+        # Without ZeRO the engine clips but keeps no norm: do both between its reduction and the optimizer's step.
+        parameters = [p for p in model.parameters() if p.requires_grad]
+
+        def clip_and_keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            engine.plain_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+
+        optimizer.register_step_pre_hook(clip_and_keep)
     return engine
+
+
+def grad_norm(engine) -> float:
+    """The global gradient norm of the last step, before clipping."""
+    norm = getattr(engine, "plain_grad_norm", None)
+    return float(engine.get_global_grad_norm() if norm is None else norm)
 
 
 def write_engine_config(deepspeed_config: dict[str, Any], path: Path) -> None:

@@ -5,8 +5,10 @@ DeepSpeed averages gradients over the ranks. The factors here are such that afte
     task loss       sum of token NLL over the global task batch / number of its learned tokens
     alignment loss  InfoNCE over the global alignment batch, every pair against every other
 
-Each `engine.backward` follows exactly one `engine(...)`, and the last one of a step closes the accumulation: ZeRO-3
-overwrites gradients where this is not so. Task batches come first in a step, see `schedule.batches`.
+Each `engine.backward` follows exactly one `engine(...)`, or ZeRO-3 overwrites gradients instead of adding them up; task
+batches come first in a step, see `schedule.batches`. The engine runs with `managed_gradient_accumulation` off: a step
+ends when `engine.step()` is called, and only then does ZeRO hand every gradient of the step to the optimizer. With the
+boundary set by hand, ZeRO-1 and 2 with an offloaded optimizer forget what the last backward did not reach.
 """
 
 from typing import NamedTuple
@@ -30,54 +32,47 @@ class BitextChunk(NamedTuple):
 
 
 def task_backward(
-    engine, micro_batches: list[dict[str, torch.Tensor]], global_tokens: float, weight: float, last: bool
+    engine, micro_batches: list[dict[str, torch.Tensor]], global_tokens: int, weight: float
 ) -> torch.Tensor:
     """Forward and backward of one task batch; the same number of micro-batches on every rank.
 
-    Args: global_tokens: learned tokens of the whole batch, over all ranks; last: this batch ends the step.
+    Args: global_tokens: learned tokens of the whole batch, over all ranks.
     Returns: this rank's share of the task loss, detached: the sum over ranks is the loss.
     """
     loss = torch.zeros((), device=engine.device)
-    for number, micro_batch in enumerate(micro_batches, 1):
-        engine.set_gradient_accumulation_boundary(last and number == len(micro_batches))
+    for micro_batch in micro_batches:
         nll = engine(task=micro_batch)
         engine.backward(nll * (weight * world_size() / global_tokens), scale_wrt_gas=False)
         loss += nll.detach() / global_tokens
     return loss
 
 
-def align_backward(engine, chunks: list[BitextChunk], settings: Alignment, weight: float, last: bool) -> torch.Tensor:
+def align_backward(engine, chunks: list[BitextChunk], settings: Alignment, weight: float) -> torch.Tensor:
     """Forward and backward of one alignment batch; the same number of pairs in every chunk on every rank.
 
     Returns: this rank's share of the alignment loss, detached: the mean over ranks is the loss.
     """
     if settings.negatives == "local":
-        return _align_locally(engine, chunks, settings, weight, last)
+        return _align_locally(engine, chunks, settings, weight)
     if len(chunks) == 1:
-        engine.set_gradient_accumulation_boundary(last)
         loss = alignment_loss(engine(bitext=chunks[0].passes), chunks[0].keys, settings)
         engine.backward(loss * weight, scale_wrt_gas=False)
         return loss.detach()
-    return _align_in_chunks(engine, chunks, settings, weight, last)
+    return _align_in_chunks(engine, chunks, settings, weight)
 
 
-def _align_locally(
-    engine, chunks: list[BitextChunk], settings: Alignment, weight: float, last: bool
-) -> torch.Tensor:
+def _align_locally(engine, chunks: list[BitextChunk], settings: Alignment, weight: float) -> torch.Tensor:
     """Every micro-batch of every rank is a contrastive batch of its own, as in the authors' code."""
     total = torch.zeros((), device=engine.device)
     pairs = sum(len(chunk.keys) for chunk in chunks)
-    for number, chunk in enumerate(chunks, 1):
-        engine.set_gradient_accumulation_boundary(last and number == len(chunks))
+    for chunk in chunks:
         loss = alignment_loss(engine(bitext=chunk.passes), chunk.keys, settings) * (len(chunk.keys) / pairs)
         engine.backward(loss * weight, scale_wrt_gas=False)
         total += loss.detach()
     return total
 
 
-def _align_in_chunks(
-    engine, chunks: list[BitextChunk], settings: Alignment, weight: float, last: bool
-) -> torch.Tensor:
+def _align_in_chunks(engine, chunks: list[BitextChunk], settings: Alignment, weight: float) -> torch.Tensor:
     """The loss of the whole batch at the activation memory of one chunk, exactly (GradCache, Gao et al. 2021).
 
     Encode without graph, take the loss's gradient with respect to the embeddings, then encode each chunk again and
@@ -93,9 +88,8 @@ def _align_in_chunks(
     loss = alignment_loss(whole, torch.cat([chunk.keys for chunk in chunks]), settings)
     (gradient,) = torch.autograd.grad(loss * weight, whole)
     parts = gradient.split([len(chunk.keys) for chunk in chunks], dim=1)
-    for number, (chunk, state, part) in enumerate(zip(chunks, states, parts), 1):
+    for chunk, state, part in zip(chunks, states, parts):
         set_random_state(state)
-        engine.set_gradient_accumulation_boundary(last and number == len(chunks))
         engine.backward((engine(bitext=chunk.passes) * part).sum(), scale_wrt_gas=False)
     return loss.detach()
 
@@ -123,16 +117,17 @@ def alignment_loss(embeddings: torch.Tensor, keys: torch.Tensor, settings: Align
     return loss
 
 
-def rest_untouched(engine, stage: int) -> None:
+def rest_untouched(engine) -> None:
     """Between the last backward and the step, where no task batch ran: zero the gradients of what no pass reached.
 
-    ZeRO-3, and any stage with an offloaded optimizer, would apply the previous step's gradient to them again.
+    ZeRO-3, and ZeRO-1 and 2 with an offloaded optimizer, would apply the previous step's gradient to them again. The
+    other layouts start every step from zero.
     """
+    if engine.zero_optimization_stage() < 3 and not engine.zero_cpu_offload():
+        return
     for parameter in engine.module.above():
-        if stage == 3:
-            own = safe_get_local_grad(parameter)
-            if own is not None:
-                safe_set_local_grad(parameter, torch.zeros_like(own))
+        if engine.zero_optimization_stage() == 3:
+            safe_set_local_grad(parameter, torch.zeros_like(safe_get_local_grad(parameter)))
         else:
             safe_set_full_grad(parameter, torch.zeros_like(parameter, dtype=torch.float32))
 
@@ -144,6 +139,7 @@ def random_state() -> tuple[torch.Tensor, ...]:
 
 
 def set_random_state(state: tuple[torch.Tensor, ...]) -> None:
+    """Put the generators back to where `random_state` found them."""
     torch.set_rng_state(state[0])
     if len(state) > 1:
         torch.cuda.set_rng_state(state[1])

@@ -1,9 +1,9 @@
 """A run is its directory: made, or checked to belong to the same config, before anything else happens.
 
-    config.yaml        the resolved config          checkpoints/      see `checkpoint`
-    deepspeed.json     what the engine was given    adapter/, model/  the result: best on dev, else the last
-    environment.txt    versions, host, ranks        tensorboard/      the same as metrics.jsonl, as curves
-    metrics.jsonl      one line per log step
+config.yaml        the resolved config          checkpoints/      see `checkpoint`
+deepspeed.json     what the engine was given    adapter/, model/  the result: best on dev, else the last
+environment.txt    versions, host, ranks        tensorboard/      the same as metrics.jsonl, as curves
+metrics.jsonl      one line per log step
 """
 
 import platform

@@ -28,7 +28,8 @@ def batches(interleave: Interleave, alignment_weight: float, step: int) -> list[
     """
     task, align = interleave.parts
     if interleave.mode == "joint":
-        return [Batch("task", task, 1.0)] * (task > 0) + [Batch("alignment", 1, alignment_weight / align)] * align
+        alignment = [Batch("alignment", 1, alignment_weight / align) for _ in range(align)]
+        return [Batch("task", task, 1.0), *alignment] if task else alignment
     per_step = interleave.micro_batches or 1
     cycle = [Batch("task", 1, 1.0 / per_step)] * task + [Batch("alignment", 1, alignment_weight / per_step)] * align
     taken = [cycle[i % len(cycle)] for i in range(step * per_step, (step + 1) * per_step)]

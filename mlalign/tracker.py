@@ -13,8 +13,15 @@ from mlalign import distributed
 
 console = Console(stderr=False, highlight=False)
 
-_FORMATS = {"lr": ".2e", "retrieval_accuracy": ".3f", "padding": ".0%", "tokens_per_second": ",.0f",
-            "pairs_per_second": ",.1f", "memory_gib": ".2f", "grad_norm": ".3f"}
+_FORMATS = {
+    "lr": ".2e",
+    "retrieval_accuracy": ".3f",
+    "padding": ".0%",
+    "tokens_per_second": ",.0f",
+    "pairs_per_second": ",.1f",
+    "memory_gib": ".2f",
+    "grad_norm": ".3f",
+}
 
 
 def say(text: str) -> None:

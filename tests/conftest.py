@@ -15,9 +15,15 @@ import torch
 torch.set_num_threads(1)  # the tests' own process beside up to four ranks on two cores
 
 TEXT = [
-    "wake me up at nine am on friday", "play the new song by adele", "what is the weather in paris tomorrow",
-    "weck mich am freitag um neun uhr", "spiel das neue lied von adele", "wie wird das wetter morgen in paris",
-    "разбуди меня в пятницу в девять", "включи новую песню адель", "какая завтра погода в париже",
+    "wake me up at nine am on friday",
+    "play the new song by adele",
+    "what is the weather in paris tomorrow",
+    "weck mich am freitag um neun uhr",
+    "spiel das neue lied von adele",
+    "wie wird das wetter morgen in paris",
+    "разбуди меня в пятницу в девять",
+    "включи новую песню адель",
+    "какая завтра погода в париже",
 ]
 
 CHAT_TEMPLATE = (
@@ -72,8 +78,12 @@ class RankPool:
 
 def _serve(rank: int, size: int, port: str, pipe) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
     )
     from mlalign import distributed
 
@@ -112,7 +122,9 @@ def tokenizer():
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<pad>", "<s>", "</s>"]
-    bpe.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet))
+    bpe.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    )
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="right"
@@ -129,9 +141,18 @@ def tiny_model(tmp_path_factory, tokenizer) -> Path:
     path = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     settings = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1, tie_word_embeddings=False,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     LlamaForCausalLM(settings).save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -153,8 +174,12 @@ def rows(tmp_path_factory) -> dict[str, Path]:
         for i in range(48)
     ]
     bitext = [
-        {"src": f"{TEXT[3 + i % 6]} {i // 2}", "tgt": f"{TEXT[i % 3]} {i // 4}",
-         "src_lang": languages[1 + i % 2], "tgt_lang": "en"}
+        {
+            "src": f"{TEXT[3 + i % 6]} {i // 2}",
+            "tgt": f"{TEXT[i % 3]} {i // 4}",
+            "src_lang": languages[1 + i % 2],
+            "tgt_lang": "en",
+        }
         for i in range(48)
     ]
     return {
@@ -172,7 +197,7 @@ def settings(tmp_path, tiny_model, rows) -> dict[str, Any]:
         "run_dir": str(tmp_path / "run"),
         "model": {"path": str(tiny_model)},
         "lora": {"dropout": 0.0},
-        "task": {"train": str(rows["task"]), "batch_size": 8, "micro_batch_size": 2},
+        "task": {"train": str(rows["task"]), "batch_size": 8, "micro_batch_size": 2, "max_length": 200},
         "alignment": {"train": str(rows["bitext"]), "batch_size": 8, "micro_batch_size": 8},
         "optimizer": {"steps": 3, "lr": 1e-2, "schedule": "constant", "warmup_ratio": 0.0},
     }

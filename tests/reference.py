@@ -61,8 +61,13 @@ def train(config: Config, layer: int) -> dict[str, torch.Tensor]:
     lm = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     if config.lora:
         torch.manual_seed(config.seed)
-        settings = LoraConfig(r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=0.0,
-                              target_modules="all-linear", task_type="CAUSAL_LM")
+        settings = LoraConfig(
+            r=config.lora.r,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
         lm = get_peft_model(lm, settings)
     dataset = load_dataset(config, load_tokenizer(config.model))
     parameters = [p for p in lm.parameters() if p.requires_grad]
@@ -74,5 +79,40 @@ def train(config: Config, layer: int) -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip or math.inf)
+        optimizer.step()
+    return {name: p.detach().clone() for name, p in lm.named_parameters() if p.requires_grad}
+
+
+def authors_train(config: Config, layer: int) -> dict[str, torch.Tensor]:
+    """The objective of the authors' code on one rank: an objective per micro-batch, flipped after each and never reset.
+
+    Each micro-batch's own mean loss is divided by the number of micro-batches; InfoNCE goes one way, with the
+    micro-batch's other pairs as negatives, repeated sentences or not.
+    """
+    lm = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    torch.manual_seed(config.seed)
+    settings = LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    lm = get_peft_model(lm, settings)
+    dataset = load_dataset(config, load_tokenizer(config.model))
+    parameters = [p for p in lm.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.lr, eps=config.optimizer.eps, weight_decay=0.0)
+    on_task = True
+    for _ in range(config.optimizer.steps):
+        optimizer.zero_grad()
+        for _ in range(config.interleave.micro_batches):
+            if on_task:
+                loss = task_loss(lm, dataset.orders["task"].take(config.task.batch_size))
+            else:
+                pairs = dataset.orders["alignment"].take(config.alignment.batch_size)
+                loss = alignment_loss(lm, pairs, layer, config.alignment.temperature, by_id=False, symmetric=False)
+            (loss / config.interleave.micro_batches).backward()
+            on_task = not on_task
+        torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip)
         optimizer.step()
     return {name: p.detach().clone() for name, p in lm.named_parameters() if p.requires_grad}

@@ -9,7 +9,7 @@ from mlalign.config import Config
 ADAM = {"eps": 1e-6}  # the default 1e-8 turns rounding of near-zero gradients into whole steps
 
 
-def run_steps(values: dict, zero: dict, optimizer: str = "adamw") -> tuple[dict[str, torch.Tensor], list[float]]:
+def run_steps(values: dict, zero: dict) -> tuple[dict[str, torch.Tensor], list[float]]:
     """On one rank of many: the steps of `mlalign train`. Returns all trainable weights, and the gradient norms."""
     from mlalign import checkpoint, model
     from mlalign.commands import train
@@ -17,8 +17,6 @@ def run_steps(values: dict, zero: dict, optimizer: str = "adamw") -> tuple[dict[
     from mlalign.tracker import Meter
 
     config = Config.model_validate(values)
-    if optimizer == "sgd":
-        model.make_optimizer = lambda config, groups, zero: torch.optim.SGD(groups, lr=config.optimizer.lr)
     engine_config = model.engine_config(config, zero)
     dataset = load_dataset(config, model.load_tokenizer(config.model))
     engine = train._make_engine(config, engine_config, layer=2)

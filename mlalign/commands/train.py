@@ -1,7 +1,7 @@
 """`mlalign train CONFIG [a.b=c ...]`: fine-tune and align. The same command on the same run directory resumes.
 
-    mlalign train recipe.yaml                                       one process
-    launch/deepspeed.sh recipe.yaml model.path=... run_dir=...      all GPUs of this machine, or NPROC=2 processes
+mlalign train recipe.yaml                                       one process
+launch/deepspeed.sh recipe.yaml model.path=... run_dir=...      all GPUs of this machine, or NPROC=2 processes
 """
 
 import math
@@ -114,15 +114,14 @@ def _backward(engine, config: Config, dataset: Dataset, step: int, pad: int, met
     rank, ranks = distributed.rank(), distributed.world_size()
     weight = config.alignment.weight if config.alignment else 0.0
     batches = schedule.batches(config.interleave, weight, step)
-    for number, batch in enumerate(batches, 1):
-        last = number == len(batches)
+    for batch in batches:
         if batch.objective == "task":
             rows = dataset.orders["task"].take(batch.count * config.task.batch_size)
             shares = [each[rank] for each in slices(rows, config.task.micro_batch_size, ranks)]
             passes = [collate_task(share, pad) for share in shares]
             counts = _token_counts(passes)
             passes = [to_device(inputs, engine.device) for inputs in passes]
-            loss = task_backward(engine, passes, sum(row.learned for row in rows), batch.weight, last)
+            loss = task_backward(engine, passes, sum(row.learned for row in rows), batch.weight)
             meter.add("task", loss, **counts)
         else:
             pairs = dataset.orders["alignment"].take(config.alignment.batch_size)
@@ -132,22 +131,18 @@ def _backward(engine, config: Config, dataset: Dataset, step: int, pad: int, met
                 counts = {name: counts[name] + more for name, more in _token_counts(passes).items()}
                 passes = [to_device(inputs, engine.device) for inputs in passes]
                 chunks.append(BitextChunk(passes, pair_keys(each[rank]).to(engine.device)))
-            loss = align_backward(engine, chunks, config.alignment, batch.weight, last)
+            loss = align_backward(engine, chunks, config.alignment, batch.weight)
             meter.add("alignment", loss / ranks, **counts, pairs=len(pairs) // ranks)
     return batches[0].objective == "task"
 
 
 def _optimizer_step(engine, lr: float, with_task: bool, measure: bool) -> float | None:
     """Clip, update, clear. Returns the global gradient norm before clipping where `measure` asks for it."""
-    stage = engine.zero_optimization_stage()
     if not with_task:
-        rest_untouched(engine, stage)
+        rest_untouched(engine)
     model.set_lr(engine.optimizer, lr, rest_above=not with_task)
-    norm = None
-    if measure and stage == 0 and not engine.bfloat16_enabled():  # there the engine keeps no norm
-        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     engine.step()
-    return float(norm if norm is not None else engine.get_global_grad_norm()) if measure else None
+    return model.grad_norm(engine) if measure else None
 
 
 def _token_counts(passes: list[dict[str, torch.Tensor]]) -> dict[str, int]:

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# mlalign train on this machine: launch/deepspeed.sh CONFIG [a.b=c ...]
+# Uses all GPUs; NPROC=2 chooses a number, and is needed where there is none. Repeat the command to resume.
+set -euo pipefail
+nproc=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec deepspeed --num_accelerators "$nproc" --no_local_rank --log_level error --module mlalign train "$@"

@@ -1,0 +1,85 @@
+"""Reading: files, globs and hub datasets as a lazy stream of rows, each with its place for error messages."""
+
+import glob
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlalign.config import Source
+from mlalign.errors import UserError
+
+Row = dict[str, Any]
+
+_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+
+
+def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
+    """Yield (where, row) lazily, where = "file:line" for error messages. Nothing is checked but that rows are objects.
+
+    Raises UserError for a missing file, broken JSON, or a hub dataset that cannot be had.
+    """
+    if not _is_local(source.path):
+        yield from _read_with_datasets(source.path, source.subset, split=source.split)
+        return
+    paths = sorted(glob.glob(source.path, recursive=True)) or [source.path]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise UserError(f"{path} does not exist or is no file")
+        suffix = Path(path).suffix
+        if suffix in (".jsonl", ".json"):
+            yield from _read_json(path)
+        elif suffix in _SUFFIXES:
+            yield from _read_with_datasets(suffix[1:], data_files=path, split="train")
+        else:
+            raise UserError(f"{path} must end in {', '.join(_SUFFIXES)}")
+
+
+def _is_local(path: str) -> bool:
+    return os.path.exists(path) or glob.has_magic(path) or path.startswith(("/", ".")) or Path(path).suffix in _SUFFIXES
+
+
+def _read_json(path: str) -> Iterator[tuple[str, Row]]:
+    """JSON Lines, or one JSON array of objects."""
+    with open(path, "rb") as file:
+        if file.read(64).lstrip().startswith(b"["):
+            file.seek(0)
+            for number, row in enumerate(_parse_json(file.read(), path), 1):
+                yield _checked(row, f"{path}, item {number}")
+            return
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path}:{number}"
+                yield _checked(_parse_json(line, where), where)
+
+
+def _parse_json(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not valid UTF-8 (byte {error.start})") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from error
+
+
+def _checked(row: Any, where: str) -> tuple[str, Row]:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return where, row
+
+
+def _read_with_datasets(name: str, subset: str | None = None, **kwargs) -> Iterator[tuple[str, Row]]:
+    import datasets  # here: it takes seconds, and JSON Lines need it not
+
+    datasets.disable_progress_bars()
+    label = kwargs.get("data_files", name)
+    try:
+        for number, row in enumerate(datasets.load_dataset(name, subset, streaming=True, **kwargs), 1):
+            yield f"{label}, row {number}", row
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises many kinds; a user needs the file and the reason
+        kind = "cannot be read" if "data_files" in kwargs else "is neither a local file nor a readable hub dataset"
+        raise UserError(f"{label} {kind}: {' '.join(str(error).split())[:300]}") from error

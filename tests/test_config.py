@@ -1,0 +1,170 @@
+"""One schema: what it accepts, and the sentence for what it does not."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from mlalign import config as config_module
+from mlalign.config import Config, dump, load, read_deepspeed
+from mlalign.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def path(tmp_path, settings) -> Path:
+    OmegaConf.save(OmegaConf.create(settings), tmp_path / "c.yaml")
+    return tmp_path / "c.yaml"
+
+
+def test_overrides_win_and_keep_their_types(path):
+    config = load(path, ["optimizer.lr=1e-4", "alignment.layer=3", "lora=null", "task.train=[a.jsonl, b.jsonl]"])
+    assert config.optimizer.lr == 1e-4
+    assert config.alignment.layer == 3
+    assert config.lora is None
+    assert [source.path for source in config.task.train] == ["a.jsonl", "b.jsonl"]
+
+
+def test_an_unquoted_ratio_is_what_it_looks_like(path):
+    assert load(path, ["interleave.ratio=2:1"]).interleave.parts == (2, 1)
+    assert load(path, ["interleave.ratio='2:1'"]).interleave.parts == (2, 1)
+
+
+def test_a_dumped_config_reads_back_as_the_same(path, tmp_path):
+    config = load(path, ["optimizer.betas=[0.8, 0.9]"])
+    dump(config, tmp_path / "dumped.yaml")
+    assert load(tmp_path / "dumped.yaml") == config
+    assert config.differences(load(tmp_path / "dumped.yaml")) == []
+
+
+def test_differences_name_the_keys(path):
+    other = load(path, ["alignment.temperature=0.2", "run_dir=elsewhere", "log_every=1"])
+    assert load(path).differences(other) == ["alignment.temperature"]
+
+
+BAD = {
+    ("optimiser.lr=1",): r"unknown key optimiser \(did you mean optimizer\?\)",
+    ("alignment.temprature=1",): r"unknown key alignment.temprature \(did you mean temperature\?\)",
+    ("alignment.temperature=0",): r"alignment.temperature is 0: input should be greater than 0",
+    ("alignment.temperature=warm",): r"alignment.temperature is 'warm': input should be a valid number",
+    ("interleave.mode=both",): r"interleave.mode is 'both': input should be 'joint', 'alternate' or 'micro_batch'",
+    ("interleave.ratio=0:0",): r"interleave.ratio is 0:0",
+    ("interleave.ratio=1:0",): r"interleave.ratio 1:0 leaves `alignment` out, but it is set",
+    ("task=null",): r"interleave.ratio 1:1 needs the section `task`",
+    ("interleave.mode=micro_batch",): r"interleave.micro_batches is required",
+    ("interleave.micro_batches=4",): r"interleave.micro_batches is required .* no meaning in others",
+    ("optimizer.epochs=1",): r"either optimizer.steps or optimizer.epochs, and not both",
+    ("optimizer.steps=null",): r"either optimizer.steps or optimizer.epochs",
+    ("alignment.batch_size=1",): r"a single pair has no negatives",
+    ("alignment.negatives=local", "alignment.micro_batch_size=1"): r"a single pair has no negatives",
+    ("task.streaming=true", "task.language_temperature=0"): r"task.language_temperature must be 1 with task.streaming",
+    ("task.streaming=true", "optimizer.steps=null", "optimizer.epochs=1"): r"epochs needs the number of rows",
+    ("nonsense",): r"override 'nonsense' must have the form key.subkey=value",
+    ("model=null",): r"model is None",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD, ids=" ".join)
+def test_a_bad_value_is_one_sentence_with_its_key(path, overrides):
+    with pytest.raises(UserError, match=BAD[overrides]) as error:
+        load(path, list(overrides))
+    assert "\n" not in str(error.value)
+
+
+def test_bad_files_are_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"absent.yaml does not exist"):
+        load(tmp_path / "absent.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\nb: 2")
+    with pytest.raises(UserError, match=r"broken.yaml is not valid YAML: .*line 2"):
+        load(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(UserError, match=r"must hold `key: value` lines"):
+        load(tmp_path / "list.yaml")
+    (tmp_path / "missing.yaml").write_text("run_dir: x\noptimizer: {steps: 1}\ninterleave: {ratio: '1:0'}\ntask: {}")
+    with pytest.raises(UserError, match=r"model is missing; task.train is missing"):
+        load(tmp_path / "missing.yaml")
+
+
+BAD_DEEPSPEED = {
+    '{"train_batch_size": 8}': r"sets train_batch_size, which belongs into the config as task.batch_size",
+    '{"bf16": {"enabled": true}}': r"sets bf16, which belongs into the config as model.precision",
+    '{"gradient_clipping": 1}': r"optimizer.clip",
+    '{"zero_optimisation": {}}': r"has the key zero_optimisation \(did you mean zero_optimization\?\)",
+    '{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}': r'optimization.reduce_bucket_size to "auto"',
+    '{"zero_optimization": {"stage": 1, "overlap_comm": true}}': r"overlap_comm, which needs ZeRO stage 2 or 3",
+    '{"zero_optimization": {}}': r"must set zero_optimization.stage to 0, 1, 2 or 3",
+    "{": r"not valid JSON",
+    "[]": r"must hold one JSON object",
+}
+
+
+@pytest.mark.parametrize("text", BAD_DEEPSPEED)
+def test_a_deepspeed_file_may_hold_zero_and_communication_keys_only(tmp_path, text):
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(UserError, match=BAD_DEEPSPEED[text]):
+        read_deepspeed(str(tmp_path / "ds.json"))
+
+
+def test_shipped_deepspeed_files_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (ROOT / "ds_configs").glob("*.json"):
+        assert read_deepspeed(f"ds_configs/{path.name}") == json.loads(path.read_text())
+    assert read_deepspeed(None) == {"zero_optimization": {"stage": 0}}
+    with pytest.raises(UserError, match=r"zero9.json does not exist; shipped in ds_configs/: zero0.json, zero1.json"):
+        read_deepspeed("zero9.json")
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "mlalign" / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_recipes_are_valid_and_open_with_their_command(recipe):
+    load(recipe)
+    assert re.match(r"# .*\n(#.*\n)*#.*mlalign|launch", recipe.read_text())
+
+
+def test_every_key_is_documented_in_the_readme_or_by_its_name():
+    """The schema is the documentation of keys: each section's fields with a non-obvious meaning carry a comment."""
+    source = Path(config_module.__file__).read_text()
+    documented = set(re.findall(r"^    (\w+):.*#:", source, re.M))
+    obvious = {
+        "path",
+        "model",
+        "seed",
+        "run_dir",
+        "lora",
+        "task",
+        "alignment",
+        "interleave",
+        "optimizer",
+        "evaluation",
+        "train",
+        "dev",
+        "streaming",
+        "split",
+        "gradient_checkpointing",
+        "trust_remote_code",
+        "r",
+        "alpha",
+        "dropout",
+        "lr",
+        "betas",
+        "eps",
+        "schedule",
+        "mode",
+        "steps",
+        "max_length",
+        "temperature",
+        "language_temperature",
+        "pooling",
+        "micro_batch_size",
+        "batch_size",
+    }
+    fields = {
+        name
+        for model in vars(config_module).values()
+        if isinstance(model, type) and issubclass(model, config_module.BaseModel)
+        for name in model.model_fields
+    }
+    assert fields - documented - obvious == set()
+    assert Config.model_fields

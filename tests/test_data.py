@@ -1,0 +1,263 @@
+"""Rows to tokens: the known traps of trainers, each with a test; and one sentence for every kind of bad row."""
+
+import json
+
+import pytest
+import torch
+from conftest import write_jsonl
+
+from mlalign.config import Source
+from mlalign.data import (
+    Counts,
+    Pair,
+    TaskExample,
+    collate_bitext,
+    collate_task,
+    encode_prompt,
+    load_bitext,
+    load_task,
+    pad_id,
+    prefers_one_pass,
+)
+from mlalign.errors import UserError
+from mlalign.loss import IGNORED
+from mlalign.rows import read_rows
+
+
+def task(tmp_path, tokenizer, *rows: dict, max_length: int = 200, **source) -> tuple[list[TaskExample], Counts]:
+    counts = Counts()
+    path = write_jsonl(tmp_path / "task.jsonl", list(rows))
+    return list(load_task([Source(path=str(path), **source)], tokenizer, max_length, counts)), counts
+
+
+def bitext(tmp_path, tokenizer, *rows: dict, max_length: int = 200, **source) -> tuple[list[Pair], Counts]:
+    counts = Counts()
+    path = write_jsonl(tmp_path / "bitext.jsonl", list(rows))
+    return list(load_bitext([Source(path=str(path), **source)], tokenizer, max_length, counts)), counts
+
+
+def learned(example: TaskExample, tokenizer) -> str:
+    return tokenizer.decode([token for token, label in zip(example.ids, example.labels) if label != IGNORED])
+
+
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "play the new song"},
+        {"role": "assistant", "content": "artist: adele"},
+        {"role": "user", "content": "what is the weather"},
+        {"role": "assistant", "content": "None"},
+    ]
+}
+
+
+def test_prompt_and_completion_learn_the_completion_and_eos(tmp_path, tokenizer):
+    (example,), _ = task(tmp_path, tokenizer, {"prompt": "play the song =>", "completion": " artist: adele"})
+    assert tokenizer.decode(example.ids) == "<s>play the song => artist: adele</s>"
+    assert learned(example, tokenizer) == " artist: adele</s>"
+    assert example.learned == sum(label != IGNORED for label in example.labels)
+
+
+def test_chat_learns_every_assistant_turn_with_its_end_and_one_bos(tmp_path, tokenizer):
+    (example,), counts = task(tmp_path, tokenizer, CHAT)
+    assert learned(example, tokenizer) == "artist: adele</s>None</s>"
+    assert example.ids.count(tokenizer.bos_token_id) == 1, "the template writes BOS, the tokenizer must not add another"
+    assert counts.masked_turns == 0
+
+
+def test_a_template_without_bos_gets_the_one_the_tokenizer_is_used_to(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template.replace("{{ bos_token }}", ""))
+    (example,), _ = task(tmp_path, tokenizer, CHAT)
+    assert example.ids[0] == tokenizer.bos_token_id
+    assert example.ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_template_without_an_end_of_turn_gets_eos(tmp_path, tokenizer, monkeypatch):
+    template = tokenizer.chat_template.replace("{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n", "")
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    (example,), _ = task(tmp_path, tokenizer, {"messages": CHAT["messages"][:2]})
+    assert learned(example, tokenizer) == "artist: adele</s>"
+
+
+def test_conversational_prompt_and_completion_are_messages(tmp_path, tokenizer):
+    turns = CHAT["messages"][:2]
+    (split,), _ = task(tmp_path, tokenizer, {"prompt": turns[:1], "completion": turns[1:]})
+    (whole,), _ = task(tmp_path, tokenizer, {"messages": turns})
+    assert split == whole
+
+
+def test_an_earlier_turn_that_the_template_changes_in_context_is_masked_and_counted(tmp_path, tokenizer, monkeypatch):
+    thinking = "{% if loop.last and m['role'] == 'assistant' %}<think>{% endif %}{{ m['content'] }}"
+    shortening = tokenizer.chat_template.replace("{{ m['content'] }}", thinking)
+    monkeypatch.setattr(tokenizer, "chat_template", shortening)
+    (example,), counts = task(tmp_path, tokenizer, CHAT)
+    assert learned(example, tokenizer) == "<think>None</s>"
+    assert counts.masked_turns == 1
+
+
+def test_the_prompt_at_generation_is_the_masked_part_of_training(tmp_path, tokenizer):
+    for row in (CHAT, {"prompt": "play the song =>", "completion": " artist: adele"}):
+        (example,), _ = task(tmp_path, tokenizer, row)
+        prompt = encode_prompt(row, "x", tokenizer)
+        assert example.ids[: len(prompt)] == prompt
+        assert example.labels[len(prompt)] != IGNORED
+
+
+def test_padding_with_the_eos_id_masks_no_eos(tmp_path, tokenizer):
+    examples, _ = task(
+        tmp_path, tokenizer, {"prompt": "a", "completion": " b"}, {"prompt": "play the song", "completion": " x"}
+    )
+    batch = collate_task(examples, pad=tokenizer.eos_token_id)
+    assert (batch["labels"] == tokenizer.eos_token_id).sum() == 2
+    assert torch.equal(batch["attention_mask"].sum(1), torch.tensor([len(e) for e in examples]))
+
+
+def test_truncation_is_counted_and_a_row_without_target_dropped(tmp_path, tokenizer):
+    rows = [
+        {"prompt": "a", "completion": " b" * 30},
+        {"prompt": "x y " * 30, "completion": " b"},
+        {"prompt": "a", "completion": " b"},
+    ]
+    examples, counts = task(tmp_path, tokenizer, *rows, max_length=20)
+    assert len(examples[0]) == 20
+    assert (counts.rows, counts.truncated, sum(counts.dropped.values())) == (2, 1, 1)
+    assert "1 truncated" in str(counts)
+    assert "1 dropped (nothing left to learn after truncation)" in str(counts)
+
+
+def test_columns_rename_and_a_source_gives_the_language(tmp_path, tokenizer):
+    row = {"prefix": "play =>", "text": " song"}
+    (example,), _ = task(tmp_path, tokenizer, row, columns={"prompt": "prefix", "completion": "text"}, language="en")
+    assert (learned(example, tokenizer), example.language) == (" song</s>", "en")
+
+
+def test_bitext_in_both_forms(tmp_path, tokenizer):
+    plain = {"src": "guten tag", "tgt": "good day", "src_lang": "de", "tgt_lang": "en"}
+    pairs, _ = bitext(tmp_path, tokenizer, plain, {"translation": {"de": "guten tag", "en": "good day"}})
+    assert pairs[0] == pairs[1]
+    assert tokenizer.decode(pairs[0].src) == "<s>guten tag"
+    assert pairs[0].language == "de-en"
+
+
+def test_bitext_with_an_empty_side_is_dropped_and_counted(tmp_path, tokenizer):
+    pairs, counts = bitext(tmp_path, tokenizer, {"src": " ", "tgt": "x", "src_lang": "de", "tgt_lang": "en"})
+    assert pairs == []
+    assert counts.dropped == {"an empty side": 1}
+
+
+def test_equal_sentences_have_equal_keys_up_to_case_and_spacing(tmp_path, tokenizer):
+    row = {"src": "a", "tgt": "Good  Day", "src_lang": "de", "tgt_lang": "en"}
+    (a, b), _ = bitext(tmp_path, tokenizer, row, row | {"src": "b", "tgt": "good day", "id": 7})
+    assert a.keys[1] == b.keys[1]
+    assert a.keys[0] != b.keys[0]
+    assert a.keys[2] == 0 != b.keys[2]
+
+
+def test_collated_bitext_is_src_then_tgt(tmp_path, tokenizer):
+    row = {"src": "guten tag liebe leute", "tgt": "good day", "src_lang": "de", "tgt_lang": "en"}
+    pairs, _ = bitext(tmp_path, tokenizer, row, row)
+    (both,) = collate_bitext(pairs, pad_id(tokenizer), one_pass=True)
+    src, tgt = collate_bitext(pairs, pad_id(tokenizer), one_pass=False)
+    assert both["input_ids"].shape[0] == 4
+    assert torch.equal(both["input_ids"][:2, : src["input_ids"].shape[1]], src["input_ids"])
+    assert torch.equal(both["input_ids"][2:, : tgt["input_ids"].shape[1]], tgt["input_ids"])
+
+
+def test_sides_of_equal_length_share_a_pass_and_unequal_ones_do_not():
+    def pair(src: int, tgt: int) -> Pair:
+        return Pair([1] * src, [1] * tgt, "de-en", (1, 2, 0))
+
+    assert prefers_one_pass([[pair(10, 10)], [pair(9, 10)]])
+    assert not prefers_one_pass([[pair(56, 16)]])
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_local_formats(tmp_path, suffix):
+    import pandas
+
+    rows = [{"prompt": "a", "completion": "é"}, {"prompt": "b", "completion": "ü"}]
+    path, frame = tmp_path / f"rows.{suffix}", pandas.DataFrame(rows)
+    if suffix == "jsonl":
+        write_jsonl(path, rows)
+    elif suffix == "json":
+        path.write_text(json.dumps(rows))
+    elif suffix == "csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_parquet(path)
+    assert [row for _, row in read_rows(Source(path=str(path)))] == rows
+
+
+def test_a_glob_reads_its_files_in_order(tmp_path):
+    for name in "ba":
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"name": name}])
+    assert [row["name"] for _, row in read_rows(Source(path=str(tmp_path / "*.jsonl")))] == ["a", "b"]
+
+
+BAD_TASK_ROWS = {
+    '{"prompt": "a", "completion": "b"': r"bad.jsonl:2: not valid JSON: Expecting",
+    "[1, 2]": r"bad.jsonl:2: expected a JSON object, found list",
+    '{"prompt": "a"}': r"bad.jsonl:2: no field 'completion': a task row needs .*found 'prompt'",
+    '{"messages": "hi"}': r"bad.jsonl:2: 'messages' must be a list of",
+    '{"messages": [{"role": "user"}]}': r"bad.jsonl:2: 'messages' must be a list of",
+    '{"messages": [{"role": "user", "content": "a"}]}': r"bad.jsonl:2: `messages` has no assistant turn",
+}
+
+
+@pytest.mark.parametrize("line", BAD_TASK_ROWS)
+def test_a_bad_task_row_is_one_sentence_with_file_and_line(tmp_path, tokenizer, line):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n' + line + "\n")
+    with pytest.raises(UserError, match=BAD_TASK_ROWS[line]) as error:
+        list(load_task([Source(path=str(path))], tokenizer, 200, Counts()))
+    assert "\n" not in str(error.value)
+
+
+BAD_BITEXT_ROWS = {
+    '{"src": "a", "tgt": "b", "tgt_lang": "en"}': r"bad.jsonl:1: no text in field 'src_lang'",
+    '{"src": 3, "tgt": "b", "src_lang": "de", "tgt_lang": "en"}': r"bad.jsonl:1: no text in field 'src'",
+    '{"translation": {"de": "a"}}': r"bad.jsonl:1: `translation` must hold two languages, found de",
+}
+
+
+@pytest.mark.parametrize("line", BAD_BITEXT_ROWS)
+def test_a_bad_bitext_row_is_one_sentence_with_file_and_line(tmp_path, tokenizer, line):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(line)
+    with pytest.raises(UserError, match=BAD_BITEXT_ROWS[line]):
+        list(load_bitext([Source(path=str(path))], tokenizer, 200, Counts()))
+
+
+def test_bad_files_are_one_sentence(tmp_path, tokenizer):
+    def load(name: str, **source):
+        return list(load_task([Source(path=str(tmp_path / name), **source)], tokenizer, 200, Counts()))
+
+    with pytest.raises(UserError, match=r"absent.jsonl does not exist"):
+        load("absent.jsonl")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UserError, match=r"empty.jsonl holds no rows"):
+        load("empty.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin.jsonl:1: not valid UTF-8"):
+        load("latin.jsonl")
+    (tmp_path / "broken.parquet").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"broken.parquet cannot be read"):
+        load("broken.parquet")
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(UserError, match=r"no column 'text', found 'prompt', 'completion'"):
+        load("rows.jsonl", columns={"completion": "text"})
+    with pytest.raises(UserError, match=r"'target' is none of messages, prompt"):
+        load("rows.jsonl", columns={"target": "completion"})
+
+
+def test_messages_without_a_chat_template_are_one_sentence(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(UserError, match=r"task.jsonl:1: the row has `messages`, but .* no chat template"):
+        task(tmp_path, tokenizer, CHAT)
+
+
+def test_a_chat_template_that_refuses_is_one_sentence(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(
+        UserError, match=r"task.jsonl:1: the chat template refuses these messages: roles must alternate"
+    ):
+        task(tmp_path, tokenizer, CHAT)

@@ -1,0 +1,145 @@
+"""Losses against naive loops in float64, and the chunked gradient against the unchunked one."""
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+
+from mlalign.config import Config
+from mlalign.loss import IGNORED, info_nce, same_text, token_nll
+
+
+def unit(rows: int, hidden: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(rows, hidden, generator=generator, dtype=torch.float64), dim=-1)
+
+
+@pytest.mark.parametrize("duplicates", [False, True])
+def test_info_nce_and_its_gradient_equal_a_double_loop(duplicates):
+    anchors, candidates = unit(6, 5, 0).requires_grad_(), unit(9, 5, 1).requires_grad_()
+    positives = torch.zeros(6, 9, dtype=torch.bool)
+    positives[range(6), range(2, 8)] = True
+    if duplicates:
+        positives[0, 4] = positives[2, 2] = positives[5, 0] = True
+    sets = [set(row.nonzero().flatten().tolist()) for row in positives]
+    wanted = reference.info_nce(anchors, candidates, sets, 0.1)
+    found = info_nce(anchors, candidates, positives, 0.1)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
+    for a, b in zip(
+        torch.autograd.grad(found, (anchors, candidates)), torch.autograd.grad(wanted, (anchors, candidates))
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_info_nce_with_one_positive_is_cross_entropy():
+    anchors, candidates = unit(6, 5, 0), unit(6, 5, 1)
+    wanted = F.cross_entropy(anchors @ candidates.T / 0.1, torch.arange(6))
+    torch.testing.assert_close(info_nce(anchors, candidates, torch.eye(6, dtype=torch.bool), 0.1), wanted)
+
+
+def test_info_nce_where_all_are_positives_is_zero_with_zero_gradient():
+    anchors = unit(3, 5, 0).requires_grad_()
+    loss = info_nce(anchors, anchors, torch.ones(3, 3, dtype=torch.bool), 0.1)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(anchors.grad, torch.zeros_like(anchors))
+
+
+def test_info_nce_stays_finite_at_a_tiny_temperature():
+    anchors = unit(4, 5, 0).float().requires_grad_()
+    loss = info_nce(anchors, unit(4, 5, 1).float(), torch.eye(4, dtype=torch.bool), 1e-4)
+    loss.backward()
+    assert loss.isfinite()
+    assert anchors.grad.isfinite().all()
+
+
+def test_same_text_knows_repeats_of_either_side_and_of_the_id():
+    keys = torch.tensor([[1, 10, 0], [2, 10, 0], [1, 11, 0], [3, 12, 7], [4, 13, 7], [13, 14, 0], [5, 15, 0]])
+    wanted = torch.eye(7, dtype=torch.bool)
+    for a, b in [(0, 1), (0, 2), (3, 4), (4, 5)]:  # same tgt, same src, same id, tgt of one is src of the other
+        wanted[a, b] = wanted[b, a] = True
+    assert torch.equal(same_text(keys, keys), wanted)
+
+
+def test_token_nll_sums_over_learned_tokens_only():
+    logits = torch.randn(2, 4, 7, dtype=torch.float64)
+    labels = torch.tensor([[IGNORED, IGNORED, 3, 5], [1, 2, IGNORED, IGNORED]])
+    p = logits.log_softmax(-1)
+    wanted = -(p[0, 1, 3] + p[0, 2, 5] + p[1, 0, 2])
+    torch.testing.assert_close(token_nll(logits, labels).double(), wanted, rtol=1e-5, atol=1e-6)
+    nothing = token_nll(logits, torch.full((2, 4), IGNORED))
+    assert nothing.item() == 0
+
+
+def gradients_in_chunks_and_in_one_graph(values: dict, zero: dict) -> float:
+    """Relative error of the chunked gradient against that of one graph over the same encodings."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from mlalign import distributed, model, objectives
+    from mlalign.commands import train
+    from mlalign.data import collate_bitext, pair_keys
+    from mlalign.dataset import load_dataset
+    from mlalign.sampler import slices
+
+    config = Config.model_validate(values)
+    pairs = load_dataset(config, model.load_tokenizer(config.model)).orders["alignment"].take(16)
+    chunks = [
+        objectives.BitextChunk(collate_bitext(each[distributed.rank()], 0, True), pair_keys(each[distributed.rank()]))
+        for each in slices(pairs, 2, distributed.world_size())
+    ]
+    assert len(chunks) > 1
+
+    def build(zero: dict):
+        engine = train._make_engine(config, model.engine_config(config, zero), layer=2)
+        with torch.no_grad():
+            for name, parameter in engine.module.named_parameters():
+                if "lora_B" in name and not hasattr(parameter, "ds_id"):
+                    parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
+        engine.train()
+        torch.manual_seed(7 + distributed.rank())
+        return engine
+
+    engine = build(zero)
+    objectives.align_backward(engine, chunks, config.alignment, 1.0)
+    names = [name for name, p in engine.module.named_parameters() if p.requires_grad]
+    if engine.zero_optimization_stage() < 3:
+        engine.optimizer.finalize_gradient_accumulation_boundary()
+    found = {n: safe_get_full_grad(p) for n, p in engine.module.named_parameters() if p.requires_grad}
+    engine.destroy()
+
+    plain = build({"zero_optimization": {"stage": 0}})
+    embeddings = torch.cat([plain.module(bitext=chunk.passes) for chunk in chunks], dim=1)
+    objectives.alignment_loss(embeddings, torch.cat([chunk.keys for chunk in chunks]), config.alignment).backward()
+    wanted = {}
+    for name, p in plain.module.named_parameters():
+        if p.requires_grad:
+            own = p.grad if p.grad is not None else torch.zeros_like(p)
+            wanted[name] = distributed.all_sum(own.clone()) / distributed.world_size()
+    plain.destroy()
+    difference = sum((found[n] - wanted[n]).square().sum() for n in names)
+    return float((difference / sum(wanted[n].square().sum() for n in names)).sqrt())
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_chunked_alignment_equals_one_graph_with_lora_dropout(ranks, settings, stage):
+    """The same encodings with dropout 0.1, backpropagated at once, give the gradient that the chunks add up to."""
+    settings["lora"]["dropout"] = 0.1
+    if stage == 3:  # adapters start at zero and are sharded before a test can change that
+        settings["lora"] = None
+    error = ranks(2).run(gradients_in_chunks_and_in_one_graph, settings, {"zero_optimization": {"stage": stage}})[0]
+    assert error < 1e-5
+
+
+def without_replay(values: dict) -> float:
+    from mlalign import objectives
+
+    keep, objectives.set_random_state = objectives.set_random_state, lambda state: None
+    try:
+        return gradients_in_chunks_and_in_one_graph(values, {"zero_optimization": {"stage": 2}})
+    finally:
+        objectives.set_random_state = keep
+
+
+def test_that_comparison_would_notice_other_dropout_masks(ranks, settings):
+    settings["lora"]["dropout"] = 0.1
+    assert ranks(2).run(without_replay, settings)[0] > 0.05

@@ -1,0 +1,208 @@
+"""The truncated forward on many architectures, and what it must leave alone."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from mlalign import model as model_module
+from mlalign.config import Config, Lora, Model
+from mlalign.errors import UserError
+from mlalign.model import AlignedModel, add_lora, resolve_layer, truncated_decoder
+
+_LLAMA_LIKE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GPT_LIKE = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+ARCHITECTURES = {
+    "llama": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE | {"sliding_window": 4},
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE | {"head_dim": 8},
+    "gemma2": _LLAMA_LIKE | {"head_dim": 8, "sliding_window": 4},
+    "gemma3_text": _LLAMA_LIKE | {"head_dim": 8, "sliding_window": 4},
+    "phi3": _LLAMA_LIKE,
+    "olmo2": _LLAMA_LIKE,
+    "gpt2": _GPT_LIKE
+    | {
+        "n_embd": 32,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 64,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
+    "gpt_neox": _GPT_LIKE
+    | {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    },
+    "falcon": _GPT_LIKE | {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4},
+}
+
+
+def build(architecture: str):
+    torch.manual_seed(0)
+    attention = "eager" if architecture == "gemma2" else "sdpa"  # Gemma2's soft-capping has no sdpa
+    settings = CONFIG_MAPPING[architecture](**ARCHITECTURES[architecture])
+    return AutoModelForCausalLM.from_config(settings, attn_implementation=attention)
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[1] * 9, [1] * 6 + [0] * 3, [1] * 2 + [0] * 7])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_truncated_forward_is_the_hidden_state(architecture, adapters, checkpointing):
+    lm = build(architecture)
+    if checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if adapters:
+        lm = add_lora(lm, Lora(dropout=0.0))
+        for name, parameter in lm.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)  # at its zero start an adapter changes nothing
+    lm.train(checkpointing)
+    for layer in (0, 1, 2, 3):
+        view = truncated_decoder(lm, layer)
+        found = view(**inputs(), use_cache=False).last_hidden_state
+        wanted = lm(**inputs(), output_hidden_states=True, use_cache=False).hidden_states[layer]
+        assert torch.equal(found, wanted), layer
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_alignment_pass_reaches_the_lower_layers_and_no_other(architecture, adapters):
+    lm = build(architecture)
+    if adapters:
+        lm = add_lora(lm, Lora(dropout=0.0))
+    aligned = AlignedModel(lm, layer=2, pooling="mean")
+    names = [name for name, _ in aligned.named_parameters()]
+    assert len(names) == len(set(names)) == len(list(lm.named_parameters())), "the view must not be registered"
+    aligned(bitext=[inputs(), inputs()]).sum().backward()
+    above = {id(p) for p in aligned.above()}
+    assert above
+    for name, parameter in aligned.named_parameters():
+        if parameter.requires_grad:
+            assert (parameter.grad is None) == (id(parameter) in above), name
+
+
+def test_whole_model_is_untouched_by_the_view():
+    lm = build("llama")
+    before = lm(**inputs()).logits
+    AlignedModel(lm, layer=1, pooling="mean")(bitext=[inputs()] * 2)
+    assert torch.equal(lm(**inputs()).logits, before)
+    assert len(lm.model.layers) == 4
+
+
+def test_dropout_of_the_view_follows_train_and_eval():
+    lm = add_lora(build("llama"), Lora(dropout=0.5))
+    for name, parameter in lm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    aligned = AlignedModel(lm, layer=2, pooling="mean")
+    aligned.train()
+    assert not torch.equal(aligned(bitext=[inputs()] * 2), aligned(bitext=[inputs()] * 2))
+    aligned.eval()
+    assert torch.equal(aligned(bitext=[inputs()] * 2), aligned(bitext=[inputs()] * 2))
+
+
+def test_one_pass_and_two_passes_give_the_same_embeddings():
+    aligned = AlignedModel(build("llama"), layer=2, pooling="last").eval()
+    both = {name: torch.cat([value, value.flip(0)]) for name, value in inputs().items()}
+    flipped = {name: value.flip(0) for name, value in inputs().items()}
+    torch.testing.assert_close(aligned(bitext=[both]), aligned(bitext=[inputs(), flipped]))
+
+
+def test_layer_auto_is_half_the_depth_and_others_are_checked():
+    assert resolve_layer("auto", 32) == 16
+    assert resolve_layer(4, 4) == 4
+    with pytest.raises(UserError, match=r"alignment.layer is 5, but the model has layers 1 to 4"):
+        resolve_layer(5, 4)
+
+
+def test_attention_falls_back_to_sdpa_without_cuda():
+    assert model_module.attention_name("auto", torch.bfloat16) == "sdpa" or torch.cuda.is_available()
+    assert model_module.attention_name("eager", torch.float32) == "eager"
+
+
+def watch_gathers(values: dict) -> dict[str, int]:
+    """Under ZeRO-3: how often parameters were found gathered in any block's hook, forward and backward."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    from mlalign.commands import train
+    from mlalign.data import collate_bitext
+    from mlalign.dataset import load_dataset
+
+    config = Config.model_validate(values)
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 10**8}
+    engine = train._make_engine(config, model_module.engine_config(config, {"zero_optimization": zero}), layer=2)
+    pairs = load_dataset(config, model_module.load_tokenizer(config.model)).orders["alignment"].take(4)
+    lm = engine.module.lm
+    base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+    upper = [*base.model.layers[2].parameters(), *base.model.layers[3].parameters(), base.lm_head.weight]
+    lower = [p for block in base.model.layers[:2] for p in block.parameters()]
+    seen = {"lower": 0, "upper": 0}
+
+    def look(*_):
+        for name, parameters in (("lower", lower), ("upper", upper)):
+            seen[name] += sum(p.ds_status != ZeroParamStatus.NOT_AVAILABLE for p in parameters)
+
+    for module in lm.modules():
+        module.register_forward_hook(look)
+        if any(True for _ in module.parameters(recurse=False)):
+            module.register_full_backward_hook(look)
+    engine.train()
+    for _ in range(3):  # the third pass is one that the prefetcher has learned
+        embeddings = engine(bitext=collate_bitext(pairs, 0, one_pass=False))
+        engine.backward(embeddings.square().sum())
+        engine.step()
+    engine.destroy()
+    return seen
+
+
+@pytest.mark.parametrize("adapters", ["lora", "full"])
+def test_zero3_gathers_no_upper_layer_in_an_alignment_pass(ranks, settings, adapters):
+    if adapters == "full":
+        settings["lora"] = None
+    seen = ranks(2).run(watch_gathers, settings)[0]
+    assert seen["lower"] > 0
+    assert seen["upper"] == 0
+
+
+def shard_sizes(values: dict) -> tuple[int, int]:
+    """Under ZeRO-3, before the engine exists: elements this rank holds, and elements of the whole model."""
+    config = Config.model_validate(values)
+    engine_config = model_module.engine_config(config, {"zero_optimization": {"stage": 3}})
+    lm = model_module.load_lm(config.model, engine_config)
+    parameters = list(lm.parameters())
+    return sum(p.ds_tensor.numel() for p in parameters), sum(p.ds_numel for p in parameters)
+
+
+def test_zero3_loads_a_shard_per_rank(ranks, settings):
+    for held, whole in ranks(2).run(shard_sizes, settings):
+        assert held < 0.6 * whole
+
+
+def test_a_model_without_tokenizer_or_weights_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+        model_module.load_tokenizer(Model(path=str(tmp_path)))
+    with pytest.raises(UserError, match="no model could be loaded"):
+        model_module.load_model_config(Model(path=str(tmp_path)))

@@ -1,0 +1,313 @@
+"""`mlalign train` as a user starts it: alone, under launchers, resumed, exported; and what it says to mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from mlalign.config import Config
+from mlalign.errors import UserError
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+ALONE = [sys.executable, "-m", "mlalign"]
+TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2", "-m", "mlalign"]
+DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--module", "mlalign"]
+
+
+@pytest.fixture
+def recipe(tmp_path, settings, rows) -> dict:
+    settings["task"]["dev"] = str(rows["task_dev"])
+    settings["alignment"]["dev"] = str(rows["bitext_dev"])
+    return settings | {"log_every": 1, "evaluation": {"every": 3}}
+
+
+def start(launcher: list[str], values: dict, path: Path, **kwargs) -> subprocess.Popen:
+    OmegaConf.save(OmegaConf.create(values), path)
+    return subprocess.Popen(
+        [*launcher, "train", str(path)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **kwargs,
+    )
+
+
+def run(launcher: list[str], values: dict, path: Path) -> str:
+    process = start(launcher, values, path)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def metrics(run_dir: str, *names: str) -> dict[tuple[int, str], float]:
+    """(step, name) -> value for losses and learning rates; fails on a step that is there twice."""
+    found: dict[tuple[int, str], float] = {}
+    for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for name, value in row.items():
+            if name.endswith(("_loss", "accuracy", "lr", "grad_norm")):
+                assert (row["step"], name) not in found
+                found[row["step"], name] = value
+    return found
+
+
+def test_alone_torchrun_and_deepspeed_write_the_same_losses(tmp_path, recipe):
+    found = {}
+    for name, launcher in (("alone", ALONE), ("torchrun", TORCHRUN), ("deepspeed", DEEPSPEED)):
+        values = recipe | {"run_dir": str(tmp_path / name), "deepspeed": "ds_configs/zero2.json"}
+        output = run(launcher, values, tmp_path / f"{name}.yaml")
+        assert "done, 3 steps" in output
+        assert output.count("step 1/3  train") == 1, "only rank 0 speaks"
+        found[name] = metrics(values["run_dir"])
+    assert {name for _, name in found["alone"]} >= {"train/task_loss", "dev/retrieval_accuracy", "train/lr"}
+    for name in ("torchrun", "deepspeed"):
+        assert found[name] == pytest.approx(found["alone"], rel=1e-4)
+
+
+def test_the_run_directory_holds_what_the_readme_says(tmp_path, recipe, tiny_model):
+    from peft import PeftModel
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from transformers import AutoModelForCausalLM
+
+    run(TORCHRUN, recipe | {"deepspeed": "ds_configs/zero3.json"}, tmp_path / "c.yaml")
+    folder = Path(recipe["run_dir"])
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "deepspeed.json",
+        "environment.txt",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "adapter",
+    }
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    logged = {
+        "train/task_loss",
+        "train/alignment_loss",
+        "train/lr",
+        "train/grad_norm",
+        "train/tokens_per_second",
+        "train/pairs_per_second",
+        "train/memory_gib",
+        "train/padding",
+        "dev/retrieval_accuracy",
+    }
+    assert set(events.Tags()["scalars"]) >= logged
+    assert "config/text_summary" in events.Tags()["tensors"]
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert all(weight.numel() for weight in weights.values())
+    assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), folder / "adapter")
+    inputs = {"input_ids": torch.tensor([[1, 5, 6]])}
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)(**inputs).logits
+    assert not torch.allclose(adapted(**inputs).logits, base)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_full_fine_tuning_exports_a_model_that_transformers_loads(tmp_path, recipe, stage):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run(TORCHRUN, recipe | {"lora": None, "deepspeed": f"ds_configs/zero{stage}.json"}, tmp_path / "c.yaml")
+    model, info = AutoModelForCausalLM.from_pretrained(Path(recipe["run_dir"]) / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(Path(recipe["run_dir"]) / "model").eos_token_id == 2
+    assert sum(p.numel() for p in model.parameters()) > 10_000
+
+
+@pytest.mark.parametrize(("stage", "adapters"), [(2, "lora"), (3, "full")])
+def test_a_killed_run_resumes_bit_for_bit_with_dropout(tmp_path, recipe, stage, adapters):
+    recipe |= {
+        "checkpoint_every": 5,
+        "deepspeed": f"ds_configs/zero{stage}.json",
+        "evaluation": {"every": 10, "patience": 0},
+    }
+    recipe["optimizer"] |= {"steps": 30, "lr": 1e-3}
+    recipe["lora"] = {"dropout": 0.1} if adapters == "lora" else None
+    straight, broken = recipe | {"run_dir": str(tmp_path / "a")}, recipe | {"run_dir": str(tmp_path / "b")}
+    run(TORCHRUN, straight, tmp_path / "a.yaml")
+
+    process = start(TORCHRUN, broken, tmp_path / "b.yaml")
+    log = tmp_path / "b" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (log.exists() and '"step": 12,' in log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    subprocess.run(
+        ["pkill", "-KILL", "-f", str(tmp_path / "b.yaml")], check=False
+    )  # torchrun's workers are sessions apart
+    process.communicate()
+    assert "resumed from" in run(TORCHRUN, broken, tmp_path / "b.yaml")
+
+    assert metrics(broken["run_dir"]) == metrics(straight["run_dir"])
+    name = "adapter/adapter_model.safetensors" if adapters == "lora" else "model/model.safetensors"
+    a, b = (load_file(tmp_path / run_dir / name) for run_dir in "ab")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_signal_saves_and_the_same_command_finishes(tmp_path, recipe):
+    recipe |= {"checkpoint_every": 1000, "evaluation": {"every": 1000}}
+    recipe["optimizer"]["steps"] = 60
+    process = start(ALONE, recipe, tmp_path / "c.yaml")
+    log = Path(recipe["run_dir"]) / "metrics.jsonl"
+    while not (log.exists() and '"step": 5,' in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "stopped by a signal after step" in output
+    output = run(ALONE, recipe, tmp_path / "c.yaml")
+    assert "resumed from" in output and "done, 60 steps" in output
+    assert {step for step, name in metrics(recipe["run_dir"]) if name == "train/lr"} == set(range(1, 61))
+
+
+def test_early_stopping_keeps_the_best_and_the_last_checkpoint(tmp_path, recipe):
+    recipe |= {"evaluation": {"every": 2, "patience": 2}}
+    recipe["optimizer"] |= {"steps": 200, "lr": 0.5}  # far too high: dev gets worse
+    output = run(ALONE, recipe, tmp_path / "c.yaml")
+    assert "stopped early at step" in output
+    steps = sorted(int(path.name[5:]) for path in (Path(recipe["run_dir"]) / "checkpoints").glob("step-*"))
+    losses = {step: loss for (step, name), loss in metrics(recipe["run_dir"]).items() if name == "dev/task_loss"}
+    assert steps == sorted({min(losses, key=losses.get), max(losses)})
+    again = run(ALONE, recipe, tmp_path / "c.yaml")
+    assert "stopped early at step" in again and "dev  task_loss" not in again
+
+
+def dev_values(values: dict) -> dict[str, float]:
+    from mlalign import model
+    from mlalign.commands import train
+    from mlalign.dataset import load_dataset
+    from mlalign.evaluation import evaluate
+
+    config = Config.model_validate(values)
+    engine = train._make_engine(config, model.engine_config(config, {"zero_optimization": {"stage": 3}}), layer=2)
+    dataset = load_dataset(config, model.load_tokenizer(config.model))
+    found = evaluate(engine, config, dataset.task_dev, dataset.bitext_dev, pad=0)
+    engine.destroy()
+    return found
+
+
+def test_dev_values_do_not_depend_on_the_number_of_ranks(ranks, recipe):
+    """7 rows and 9 pairs: on 4 ranks some have none in the last micro-batch."""
+    recipe["task"]["micro_batch_size"] = 1
+    recipe["alignment"] |= {"batch_size": 4, "micro_batch_size": 1}
+    wanted = ranks(1).run(dev_values, recipe)[0]
+    for size in (2, 4):
+        for found in ranks(size).run(dev_values, recipe):
+            assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def steps_in_bf16(values: dict, stage: int) -> tuple[list[float], set]:
+    from mlalign import checkpoint, model
+    from mlalign.commands import train
+    from mlalign.dataset import load_dataset
+    from mlalign.tracker import Meter
+
+    config = Config.model_validate(values)
+    engine_config = model.engine_config(config, {"zero_optimization": {"stage": stage}})
+    engine = train._make_engine(config, engine_config, layer=2)
+    dataset, norms = load_dataset(config, model.load_tokenizer(config.model)), []
+    engine.train()
+    for step in range(2):
+        with_task = train._backward(engine, config, dataset, step, 0, Meter())
+        norms.append(train._optimizer_step(engine, 1e-3, with_task, measure=True))
+    dtypes = {p.dtype for p in engine.module.parameters()}
+    moved = sum(float(w.abs().sum()) for n, w in checkpoint._gathered(engine.module.lm, True).items() if "lora_B" in n)
+    engine.destroy()
+    return norms, dtypes, moved
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_trains_with_the_gradient_norm_of_fp32(ranks, settings, stage):
+    fp32, _, _ = ranks(2).run(steps_in_bf16, settings, stage)[0]
+    settings["model"]["precision"] = "bf16"
+    norms, dtypes, moved = ranks(2).run(steps_in_bf16, settings, stage)[0]
+    assert dtypes == {torch.bfloat16}
+    assert norms == pytest.approx(fp32, rel=0.1)
+    assert moved > 0
+
+
+def failure(values: dict, *overrides: str) -> str:
+    from mlalign.commands.train import train
+    from mlalign.config import load
+
+    path = Path(values["run_dir"]).with_suffix(".yaml")
+    OmegaConf.save(OmegaConf.create(values), path)
+    try:
+        train(load(path, list(overrides)))
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["task.train=absent.jsonl"], "absent.jsonl does not exist or is no file"),
+        (["alignment.layer=5"], "alignment.layer is 5, but the model has layers 1 to 4"),
+        (["model.path={empty}"], "no tokenizer could be loaded"),
+        (["task.max_length=300"], "task.max_length is 300, but the model has 256 positions"),
+        (["task.max_length=2"], "task.train: every row was dropped: 0 rows"),
+        (["lora.target_modules=[query]"], "lora.target_modules ['query']"),
+        (["deepspeed=absent.json"], "absent.json does not exist; shipped in ds_configs/"),
+        (["alignment.batch_size=1"], "a single pair has no negatives"),
+        (["run_dir=/proc/nowhere"], "run_dir /proc/nowhere cannot be written"),
+        (["task.columns=x"], "unknown key task.columns"),
+    ],
+)
+def test_a_mistake_is_one_sentence(ranks, settings, tmp_path, overrides, sentence):
+    (tmp_path / "empty").mkdir()
+    overrides = [override.format(empty=tmp_path / "empty") for override in overrides]
+    (message,) = ranks(1).run(failure, settings, *overrides)
+    assert sentence in message
+    assert "\n" not in message
+
+
+def test_a_batch_that_ranks_cannot_share_is_one_sentence(ranks, settings):
+    settings["alignment"]["batch_size"] = 9
+    for message in ranks(2).run(failure, settings):
+        assert message == "alignment.batch_size is 9, which 2 ranks cannot share evenly"
+
+
+def test_a_run_directory_of_another_config_or_layout_is_refused(ranks, settings):
+    assert ranks(1).run(failure, settings) == ["no error"]
+    (message,) = ranks(1).run(failure, settings, "optimizer.lr=1e-5", "seed=2")
+    assert "belongs to a run with another config (different: optimizer.lr, seed)" in message
+    for message in ranks(2).run(failure, settings):
+        assert "saved with world_size 1, not 2" in message
+
+
+def test_the_command_line_prints_the_sentence_and_exits_with_2(tmp_path, settings):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    settings["task"]["train"] = str(tmp_path / "bad.jsonl")
+    process = start(ALONE, settings, tmp_path / "c.yaml")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert f"mlalign: error: {tmp_path}/bad.jsonl:2: not valid JSON" in output
+    assert "Traceback" not in output
+
+
+def test_processes_that_know_no_rank_are_refused(tmp_path, settings):
+    OmegaConf.save(OmegaConf.create(settings), tmp_path / "c.yaml")
+    bare = {k: v for k, v in ENVIRONMENT.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [*ALONE, "train", str(tmp_path / "c.yaml")],
+        env=bare | {"SLURM_STEP_NUM_TASKS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "srun started 2 processes but RANK and WORLD_SIZE are not set" in done.stderr
