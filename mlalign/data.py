@@ -75,6 +75,8 @@ class Counts:
 
     def __str__(self) -> str:
         """One line for the console."""
+        if not (self.rows or self.dropped):
+            return "nothing read yet (streaming)"
         parts = [f"{self.rows:,} rows, {self.tokens:,} tokens, {len(self.languages)} languages"]
         if self.truncated:
             parts.append(f"{self.truncated:,} truncated")

@@ -15,7 +15,7 @@ class Dataset:
     """Both objectives' data; what is not configured is empty."""
 
     orders: dict[str, GlobalOrder] = field(default_factory=dict)  #: "task" and "alignment": training examples
-    counts: dict[str, Counts] = field(default_factory=dict)  #: of each list and stream, for the console
+    counts: dict[str, Counts] = field(default_factory=dict)  #: by config key; a stream's grow while it is read
     task_dev: list[TaskExample] = field(default_factory=list)
     bitext_dev: list[Pair] = field(default_factory=list)
     epoch_rows: int = 0  #: training rows of the task, of the bitext where there is no task; 0 = unknown (a stream)

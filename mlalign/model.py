@@ -56,12 +56,12 @@ def precision_dtype(precision: str) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def attention_name(attention: str, dtype: torch.dtype) -> str:
-    """auto = flash attention where it is installed, on CUDA and in bf16, else sdpa."""
+def attention_name(attention: str, dtype: torch.dtype) -> str | None:
+    """auto = flash attention where it is installed, on CUDA and in bf16; else None: sdpa, or eager where it has none."""
     if attention != "auto":
         return attention
     flash = torch.cuda.is_available() and dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn")
-    return "flash_attention_2" if flash else "sdpa"
+    return "flash_attention_2" if flash else None
 
 
 def load_lm(settings: Model, deepspeed_config: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -285,6 +285,18 @@ def make_engine(model: AlignedModel, optimizer: torch.optim.Optimizer, deepspeed
 
         optimizer.register_step_pre_hook(clip_and_keep)
     return engine
+
+
+def forget_modules(engine) -> None:
+    """After a step: drop what ZeRO-3 keeps of modules whose forward gradient checkpointing ended early.
+
+    DeepSpeed pushes a module on a list before its forward and pops it after; recomputation stops in between, so the
+    list would grow with every step.
+    """
+    if engine.zero_optimization_stage() == 3:
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+        del FWD_MODULE_STACK[FWD_MODULE_STACK.index(engine.module) + 1 :]
 
 
 def grad_norm(engine) -> float:

@@ -17,7 +17,7 @@ def plot_layers(curves: dict[str, list[float]], path: Path, marked: int | None =
         axes.plot(range(len(values)), values, line, color=colour, marker=marker, label=name)
     if marked is not None:
         axes.axvline(marked, color="black", linewidth=0.8, linestyle=":")
-        axes.annotate("aligned layer", (marked, 0.02), rotation=90, ha="right", va="bottom", fontsize=8)
+        axes.annotate("aligned layer", (marked, 0.08), rotation=90, ha="right", va="bottom", fontsize=8)
     axes.set(xlabel="layer (decoder blocks run)", ylabel="retrieval accuracy", ylim=(0, 1.02))
     axes.set_xticks(range(max(map(len, curves.values()))))
     axes.grid(alpha=0.3)

@@ -10,7 +10,7 @@ import reference
 import torch
 from test_world_size import ADAM, relative_error, run_steps
 
-from mlalign.config import Config
+from mlalign.config import Config, read_deepspeed
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 LAYOUTS = {
@@ -134,6 +134,31 @@ def test_joint_steps_in_chunks_are_exact(ranks, settings, layout, steps):
     settings["optimizer"] |= {"clip": 0.5, "lr": 1e-3, "steps": steps} | ADAM
     weights, _ = ranks(2).run(run_joint_with_torch_adamw, settings, zero(layout))[0]
     assert relative_error(weights, reference.train(Config.model_validate(settings), layer=2)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload"])
+def test_the_shipped_offload_files_are_exact_with_deepspeeds_own_adam(ranks, settings, name):
+    settings["optimizer"] |= {"clip": 0.5, "lr": 1e-3} | ADAM
+    weights, _ = ranks(2).run(run_steps, settings, read_deepspeed(f"ds_configs/{name}.json"))[0]
+    assert relative_error(weights, reference.train(Config.model_validate(settings), layer=2)) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["zero2", "zero3"])
+def test_gradient_checkpointing_is_exact_and_leaves_nothing_behind(ranks, settings, layout):
+    settings["model"]["gradient_checkpointing"] = True
+    settings["alignment"]["micro_batch_size"] = 2
+    settings["optimizer"] |= {"clip": 0.5, "lr": 1e-3} | ADAM
+    weights, left = ranks(2).run(steps_and_module_stack, settings, zero(layout))[0]
+    assert relative_error(weights, reference.train(Config.model_validate(settings), layer=2)) < 1e-5
+    assert left == 0
+
+
+def steps_and_module_stack(values: dict, zero: dict):
+    from deepspeed.runtime.zero import parameter_offload
+
+    before = len(parameter_offload.FWD_MODULE_STACK)
+    weights, _ = run_steps(values, zero)
+    return weights, len(parameter_offload.FWD_MODULE_STACK) - before - (zero["zero_optimization"]["stage"] == 3)
 
 
 def run_joint_with_torch_adamw(values: dict, zero: dict):

@@ -138,8 +138,12 @@ def test_layer_auto_is_half_the_depth_and_others_are_checked():
         resolve_layer(5, 4)
 
 
-def test_attention_falls_back_to_sdpa_without_cuda():
-    assert model_module.attention_name("auto", torch.bfloat16) == "sdpa" or torch.cuda.is_available()
+@pytest.mark.parametrize(("architecture", "wanted"), [("llama", "sdpa"), ("gemma2", "eager")])
+def test_attention_auto_is_what_the_model_has_without_cuda(tmp_path, architecture, wanted):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    build(architecture).save_pretrained(tmp_path)
+    assert model_module.load_lm(Model(path=str(tmp_path))).config._attn_implementation == wanted
     assert model_module.attention_name("eager", torch.float32) == "eager"
 
 

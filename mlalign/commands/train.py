@@ -62,8 +62,7 @@ def train(config: Config) -> None:
     tokenizer = model.load_tokenizer(config.model)
     layer = _checked_layer(config)
     dataset = load_dataset(config, tokenizer)
-    for name, counts in dataset.counts.items():
-        say(f"{name}: {counts}")
+    _say_counts(dataset)
 
     if distributed.is_main():
         model.write_engine_config(engine_config, run_dir / "deepspeed.json")
@@ -106,6 +105,8 @@ def train(config: Config) -> None:
             if stop:
                 break
     tracker.close()
+    if any(section and section.streaming for section in (config.task, config.alignment)):
+        _say_counts(dataset)
     say(_farewell(progress, run_dir, steps))
 
 
@@ -142,6 +143,7 @@ def _optimizer_step(engine, lr: float, with_task: bool, measure: bool) -> float 
         rest_untouched(engine)
     model.set_lr(engine.optimizer, lr, rest_above=not with_task)
     engine.step()
+    model.forget_modules(engine)
     return model.grad_norm(engine) if measure else None
 
 
@@ -199,6 +201,11 @@ def _checked_layer(config: Config) -> int:
             raise UserError(f"{name}.max_length is {section.max_length}, but the model has {positions} positions")
     depth = settings.num_hidden_layers
     return model.resolve_layer(config.alignment.layer, depth) if config.alignment else depth
+
+
+def _say_counts(dataset: Dataset) -> None:
+    for name, counts in dataset.counts.items():
+        say(f"{name}: {counts}")
 
 
 def _describe(engine, config: Config, layer: int, steps: int) -> str:
