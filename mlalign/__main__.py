@@ -101,14 +101,28 @@ def demo(
 def main() -> None:
     """Run a verb. A user's mistake is one sentence on stderr and exit code 2."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch")  # of theirs to each other
+    rank = os.environ.get("RANK", "0")
     try:
         app(standalone_mode=True)
+    except SystemExit as leaving:  # the way out of every verb that succeeded
+        if "RANK" not in os.environ:
+            raise
+        _leave(leaving.code or 0)
     except UserError as error:
-        rank = int(os.environ.get("RANK", 0))
-        if rank:
+        if rank != "0":
             time.sleep(3)  # most mistakes are every rank's: let rank 0 say it, and its launcher end the others
-        print(f"mlalign: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
-        os._exit(2)  # not sys.exit: leaving a process group that others still use can hang
+        _leave(2, f"{error}" if rank == "0" else f"rank {rank}: {error}")
+    except OSError as error:  # a full disk, a permission, a directory that went away
+        _leave(2, f"rank {rank}: {error}")
+
+
+def _leave(code: int, sentence: str = "") -> None:
+    """End a process that may belong to a group: tearing the group's threads down can hang or abort after all is done."""
+    if sentence:
+        print(f"mlalign: error: {sentence}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

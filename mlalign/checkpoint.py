@@ -1,6 +1,6 @@
 """Save, resume, rotate, export. A run directory's `checkpoints/` and its `adapter/` or `model/`.
 
-    checkpoints/step-000200/   DeepSpeed's files, state.json, random.rank-N.pt
+    checkpoints/step-000200/   DeepSpeed's files, state.json, rank-N.pt
     checkpoints/latest         the name of the newest whole checkpoint
     adapter/ or model/         the result, in peft's or transformers' own format
 
@@ -22,8 +22,8 @@ from mlalign import distributed
 from mlalign.errors import UserError
 
 
-def save(engine, run_dir: Path, step: int, state: dict[str, Any], random_state: tuple[torch.Tensor, ...]) -> None:
-    """Write a checkpoint of the engine, `state` (JSON) and every rank's random state. Called by all ranks."""
+def save(engine, run_dir: Path, step: int, state: dict[str, Any], own: dict[str, Any]) -> None:
+    """Write a checkpoint of the engine, `state` (JSON) and every rank's `own` (tensors). Called by all ranks."""
     folder, name = run_dir / "checkpoints", f"step-{step:06d}"
     partial = folder / "partial"
     if distributed.is_main():
@@ -32,7 +32,7 @@ def save(engine, run_dir: Path, step: int, state: dict[str, Any], random_state: 
     distributed.barrier()
     frozen = any(not p.requires_grad for p in engine.module.parameters())
     engine.save_checkpoint(str(partial), tag=name, save_latest=False, exclude_frozen_parameters=frozen)
-    torch.save(random_state, partial / name / f"random.rank-{distributed.rank()}.pt")
+    torch.save(own, partial / name / f"rank-{distributed.rank()}.pt")
     distributed.barrier()
     if distributed.is_main():
         layout = {"world_size": distributed.world_size(), "zero_stage": engine.zero_optimization_stage()}
@@ -60,8 +60,8 @@ def latest(run_dir: Path) -> str | None:
     return pointer.read_text().strip() if pointer.is_file() else None
 
 
-def load(engine, run_dir: Path, name: str) -> tuple[dict[str, Any], tuple[torch.Tensor, ...]]:
-    """Put the engine back to where it was saved. Returns the saved `state` and this rank's random state.
+def load(engine, run_dir: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Put the engine back to where it was saved. Returns the saved `state` and this rank's `own`.
 
     Raises UserError where the checkpoint was made by another number of ranks or another ZeRO stage.
     """
@@ -74,8 +74,7 @@ def load(engine, run_dir: Path, name: str) -> tuple[dict[str, Any], tuple[torch.
     found, _ = engine.load_checkpoint(str(folder), tag=name, load_module_strict=not frozen)
     if found is None:
         raise UserError(f"{folder / name} cannot be loaded: write the name of an older one into {folder}/latest")
-    random_state = torch.load(folder / name / f"random.rank-{distributed.rank()}.pt", weights_only=True)
-    return state, random_state
+    return state, torch.load(folder / name / f"rank-{distributed.rank()}.pt", weights_only=True)
 
 
 def export(engine, tokenizer, run_dir: Path) -> Path:

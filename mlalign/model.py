@@ -57,7 +57,7 @@ def precision_dtype(precision: str) -> torch.dtype:
 
 
 def attention_name(attention: str, dtype: torch.dtype) -> str | None:
-    """auto = flash attention where it is installed, on CUDA and in bf16; else None: sdpa, or eager where it has none."""
+    """auto = flash attention where installed, on CUDA and in bf16; else None: sdpa, or eager where there is none."""
     if attention != "auto":
         return attention
     flash = torch.cuda.is_available() and dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn")
@@ -81,7 +81,6 @@ def load_lm(settings: Model, deepspeed_config: dict[str, Any] | None = None) -> 
             )
         except Exception as error:
             raise UserError(f"model.path {settings.path}: no model could be loaded: {_first_line(error)}") from error
-    lm.config.use_cache = False
     if settings.gradient_checkpointing:
         # Reentrant checkpointing fails where a block runs twice in one backward, as with two passes over a pair.
         lm.gradient_checkpointing_enable({"use_reentrant": False})

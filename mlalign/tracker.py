@@ -44,6 +44,14 @@ class Meter:
         for name, count in counts.items():
             self._sums[name] = self._sums.get(name, 0) + count
 
+    def losses(self) -> dict[str, list[torch.Tensor]]:
+        """What a checkpoint between two log steps must hold, on the CPU."""
+        return {name: [loss.cpu() for loss in losses] for name, losses in self._losses.items()}
+
+    def restore(self, losses: dict[str, list[torch.Tensor]], device: torch.device) -> None:
+        """Go on from `losses()` of a checkpoint."""
+        self._losses = {name: [loss.to(device) for loss in each] for name, each in losses.items()}
+
     def restart_clock(self) -> None:
         """Leave out what came since the last log step, such as an evaluation, from the throughput."""
         self._sums = dict.fromkeys(self._sums, 0)
@@ -58,7 +66,7 @@ class Meter:
         values = dict(zip(means, reduced))
         sums = dict(zip(self._sums, reduced[len(means) :]))
         seconds = time.monotonic() - self._since
-        if sums["positions"]:
+        if sums.get("positions"):
             values["train/tokens_per_second"] = sums["tokens"] / seconds
             values["train/padding"] = 1 - sums["tokens"] / sums["positions"]
         if sums.get("pairs"):

@@ -56,19 +56,19 @@ def alignment_loss(lm, pairs, layer: int, temperature: float, by_id: bool = True
     return (loss + info_nce(tgt, src, positives, temperature)) / 2 if symmetric else loss
 
 
+def load(config: Config):
+    """The model, with adapters that start as the package's do."""
+    lm = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    if config.lora is None:
+        return lm
+    torch.manual_seed(config.seed)
+    r, alpha = config.lora.r, config.lora.alpha
+    return get_peft_model(lm, LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
 def train(config: Config, layer: int) -> dict[str, torch.Tensor]:
     """Joint steps, constant learning rate. Returns every trainable parameter by name."""
-    lm = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
-    if config.lora:
-        torch.manual_seed(config.seed)
-        settings = LoraConfig(
-            r=config.lora.r,
-            lora_alpha=config.lora.alpha,
-            lora_dropout=0.0,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
-        lm = get_peft_model(lm, settings)
+    lm = load(config)
     dataset = load_dataset(config, load_tokenizer(config.model))
     parameters = [p for p in lm.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.lr, eps=config.optimizer.eps, weight_decay=0.0)
@@ -89,16 +89,7 @@ def authors_train(config: Config, layer: int) -> dict[str, torch.Tensor]:
     Each micro-batch's own mean loss is divided by the number of micro-batches; InfoNCE goes one way, with the
     micro-batch's other pairs as negatives, repeated sentences or not.
     """
-    lm = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
-    torch.manual_seed(config.seed)
-    settings = LoraConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    lm = get_peft_model(lm, settings)
+    lm = load(config)
     dataset = load_dataset(config, load_tokenizer(config.model))
     parameters = [p for p in lm.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.lr, eps=config.optimizer.eps, weight_decay=0.0)

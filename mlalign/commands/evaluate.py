@@ -89,7 +89,6 @@ def _generate(lm, tokenizer, prompts: list[list[int]], batch_size: int, max_new_
             do_sample=False,
             eos_token_id=sorted(ends),
             pad_token_id=pad,
-            use_cache=True,
         )
         for i, row in zip(index, tokens[:, batch["input_ids"].shape[1] :].tolist()):
             answers[i] = tokenizer.decode(_until(row, ends), skip_special_tokens=True).strip()

@@ -38,16 +38,23 @@ class Progress:
     best: float | None = None  #: the smallest dev loss so far (task loss; alignment loss where there is no task)
     best_step: int = 0
     evaluations_since_best: int = 0
+    evaluated_step: int = 0  #: a run stopped by a signal where an evaluation is due begins again with it
     stopped_early: bool = False
+
+    def evaluation_due(self, config: Config, steps: int) -> bool:
+        """Whether to evaluate now: every so many steps and after the last, once each."""
+        at_step = self.step % config.evaluation.every == 0 or self.step == steps
+        return at_step and self.step > self.evaluated_step
 
     def judge(self, values: dict[str, float], patience: int) -> bool:
         """Take in an evaluation; returns whether it is the best so far."""
         loss = values.get("dev/task_loss", values.get("dev/alignment_loss"))
-        improved = self.best is None or loss < self.best
+        improved = not math.isnan(loss) and (self.best is None or loss < self.best)
         if improved:
             self.best, self.best_step, self.evaluations_since_best = loss, self.step, 0
         else:
             self.evaluations_since_best += 1
+        self.evaluated_step = self.step
         self.stopped_early = 0 < patience <= self.evaluations_since_best
         return improved
 
@@ -72,14 +79,34 @@ def train(config: Config) -> None:
     pad = pad_id(tokenizer)
     say(_describe(engine, config, layer, steps))
 
-    progress = _resume(engine, dataset, run_dir, config.seed)
-    tracker = Tracker(run_dir, progress.step, steps)
-    tracker.text("config", (run_dir / "config.yaml").read_text())
     meter = Meter()
+    progress = _resume(engine, dataset, meter, run_dir, config.seed)
+    kept = progress.step  # what the latest checkpoint holds
+    tracker = Tracker(run_dir, progress.step, steps)
+    if progress.step == 0:
+        tracker.text("config", (run_dir / "config.yaml").read_text())
 
     with distributed.StopSignals() as signals:
         engine.train()
-        while progress.step < steps and not progress.stopped_early:
+        while True:
+            stop = distributed.any_rank(signals.received)
+            improved = False
+            if progress.evaluation_due(config, steps) and dataset.has_dev and not stop:
+                values = evaluate(engine, config, dataset.task_dev, dataset.bitext_dev, pad)
+                tracker.log(progress.step, values)
+                improved = progress.judge(values, config.evaluation.patience)
+                meter.restart_clock()
+            finished = progress.step == steps or progress.stopped_early
+            if improved or (finished and not stop and progress.best is None):
+                checkpoint.export(engine, tokenizer, run_dir)
+            due = finished or stop or progress.step % config.checkpoint_every == 0
+            if improved or (due and progress.step > kept):
+                _save(engine, dataset, meter, run_dir, progress)
+                kept = progress.step
+                meter.restart_clock()
+            if finished or stop:
+                break
+
             with_task = _backward(engine, config, dataset, progress.step, pad, meter)
             lr = config.optimizer.lr * lr_factor(progress.step)
             log_now = (progress.step + 1) % config.log_every == 0 or progress.step + 1 == steps
@@ -88,26 +115,10 @@ def train(config: Config) -> None:
             tracker.advance(progress.step)
             if log_now:
                 tracker.log(progress.step, meter.read() | {"train/lr": lr, "train/grad_norm": grad_norm})
-
-            stop = distributed.any_rank(signals.received)
-            last = progress.step == steps
-            improved = False
-            if dataset.has_dev and not stop and (last or progress.step % config.evaluation.every == 0):
-                values = evaluate(engine, config, dataset.task_dev, dataset.bitext_dev, pad)
-                tracker.log(progress.step, values)
-                improved = progress.judge(values, config.evaluation.patience)
-                meter.restart_clock()
-            if improved or (last and not dataset.has_dev):
-                checkpoint.export(engine, tokenizer, run_dir)
-            if stop or improved or last or progress.stopped_early or progress.step % config.checkpoint_every == 0:
-                _save(engine, dataset, run_dir, progress)
-                meter.restart_clock()
-            if stop:
-                break
     tracker.close()
     if any(section and section.streaming for section in (config.task, config.alignment)):
         _say_counts(dataset)
-    say(_farewell(progress, run_dir, steps))
+    say(_farewell(progress, run_dir, steps, stop))
 
 
 def _backward(engine, config: Config, dataset: Dataset, step: int, pad: int, meter: Meter) -> bool:
@@ -152,23 +163,25 @@ def _token_counts(passes: list[dict[str, torch.Tensor]]) -> dict[str, int]:
     return {"tokens": sum(int(mask.sum()) for mask in masks), "positions": sum(mask.numel() for mask in masks)}
 
 
-def _save(engine, dataset: Dataset, run_dir: Path, progress: Progress) -> None:
+def _save(engine, dataset: Dataset, meter: Meter, run_dir: Path, progress: Progress) -> None:
     orders = {objective: order.state() for objective, order in dataset.orders.items()}
     state = {"progress": asdict(progress), "orders": orders}
-    checkpoint.save(engine, run_dir, progress.step, state, random_state())
+    own = {"random_state": random_state(), "losses": meter.losses()}
+    checkpoint.save(engine, run_dir, progress.step, state, own)
     checkpoint.rotate(run_dir, keep={progress.best_step})
 
 
-def _resume(engine, dataset: Dataset, run_dir: Path, seed: int) -> Progress:
+def _resume(engine, dataset: Dataset, meter: Meter, run_dir: Path, seed: int) -> Progress:
     """Go back to the latest checkpoint, or start."""
     name = checkpoint.latest(run_dir)
     if name is None:
         torch.manual_seed(seed * 1_000_003 + distributed.rank())  # dropout differs between ranks
         return Progress()
-    state, generators = checkpoint.load(engine, run_dir, name)
+    state, own = checkpoint.load(engine, run_dir, name)
     for objective, order in dataset.orders.items():
         order.restore(state["orders"][objective])
-    set_random_state(generators)
+    set_random_state(own["random_state"])
+    meter.restore(own["losses"], engine.device)
     say(f"resumed from {run_dir / 'checkpoints' / name}")
     return Progress(**state["progress"])
 
@@ -223,8 +236,8 @@ def _describe(engine, config: Config, layer: int, steps: int) -> str:
     return ", ".join(parts)
 
 
-def _farewell(progress: Progress, run_dir: Path, steps: int) -> str:
-    if progress.step < steps and not progress.stopped_early:
+def _farewell(progress: Progress, run_dir: Path, steps: int, stop: bool) -> str:
+    if stop:
         return f"stopped by a signal after step {progress.step}, and saved: the same command resumes"
     end = f"stopped early at step {progress.step}" if progress.stopped_early else f"done, {steps} steps"
     best = f"; best dev loss {progress.best:.4f} at step {progress.best_step}" if progress.best is not None else ""
