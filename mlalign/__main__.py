@@ -26,19 +26,23 @@ def _root(local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] 
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Fine-tune and align; run the same command again to resume."""
-    from mlalign.commands.train import train
     from mlalign.config import load
 
-    train(load(config, overrides or []))
+    settings = load(config, overrides or [])  # before the slow import below: a typo should not take seconds to name
+    from mlalign.commands.train import train
+
+    train(settings)
 
 
 @app.command()
 def inspect(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print the first batches, decoded: what is masked, learned, padding, and pooled."""
-    from mlalign.commands.inspect import inspect
     from mlalign.config import load
 
-    inspect(load(config, overrides or []))
+    settings = load(config, overrides or [])
+    from mlalign.commands.inspect import inspect
+
+    inspect(settings)
 
 
 @app.command()
@@ -117,7 +121,7 @@ def main() -> None:
 
 
 def _leave(code: int, sentence: str = "") -> None:
-    """End a process that may belong to a group: tearing the group's threads down can hang or abort after all is done."""
+    """End a process that may belong to a group: tearing down the group's threads can hang or abort when all is done."""
     if sentence:
         print(f"mlalign: error: {sentence}", file=sys.stderr)
     sys.stdout.flush()
