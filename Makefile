@@ -15,7 +15,7 @@ test: $(STAMP) lint
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 
-# torch first: a CPU-only machine should not be sent a CUDA build by another package's wider range.
+# torch first and alone: whatever build the machine's index offers for this version is the one the rest is put around.
 $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q -c constraints.txt torch

@@ -8,18 +8,21 @@ Everything is written aside and renamed, and `latest` moves last: what is there 
 """
 
 import json
-import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 
 from mlalign import distributed
 from mlalign.errors import UserError
+from mlalign.rundir import write_whole
 
 
 def save(engine, run_dir: Path, step: int, state: dict[str, Any], own: dict[str, Any]) -> None:
@@ -31,17 +34,32 @@ def save(engine, run_dir: Path, step: int, state: dict[str, Any], own: dict[str,
         partial.mkdir(parents=True)
     distributed.barrier()
     frozen = any(not p.requires_grad for p in engine.module.parameters())
-    engine.save_checkpoint(str(partial), tag=name, save_latest=False, exclude_frozen_parameters=frozen)
-    torch.save(own, partial / name / f"rank-{distributed.rank()}.pt")
+    with _said_in_one_sentence(partial):
+        engine.save_checkpoint(str(partial), tag=name, save_latest=False, exclude_frozen_parameters=frozen)
+        torch.save(own, partial / name / f"rank-{distributed.rank()}.pt")
     distributed.barrier()
     if distributed.is_main():
         layout = {"world_size": distributed.world_size(), "zero_stage": engine.zero_optimization_stage()}
         (partial / name / "state.json").write_text(json.dumps({"step": step, **layout, **state}, indent=2))
-        shutil.rmtree(folder / name, ignore_errors=True)
+        old = folder / f"{name}.old"  # an evaluation after a resume saves the same step again
+        if (folder / name).exists():
+            (folder / name).rename(old)
         (partial / name).rename(folder / name)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(partial)  # DeepSpeed leaves a script beside the checkpoint
-        _replace_text(folder / "latest", name)
+        write_whole(folder / "latest", name)
     distributed.barrier()
+
+
+@contextmanager
+def _said_in_one_sentence(partial: Path) -> Iterator[None]:
+    """A full disk reaches us as many kinds of exception: name the place, and leave nothing half-written there."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{partial.parent} cannot be written, what was saved before is intact: {reason}") from error
 
 
 def rotate(run_dir: Path, keep: set[int]) -> None:
@@ -57,7 +75,13 @@ def rotate(run_dir: Path, keep: set[int]) -> None:
 def latest(run_dir: Path) -> str | None:
     """The name of the newest whole checkpoint, None where there is none yet."""
     pointer = run_dir / "checkpoints" / "latest"
-    return pointer.read_text().strip() if pointer.is_file() else None
+    if not pointer.is_file():
+        return None
+    name = pointer.read_text().strip()
+    old = pointer.with_name(f"{name}.old")
+    if old.exists() and not pointer.with_name(name).exists():  # killed between the two renames of `save`
+        old.rename(pointer.with_name(name))
+    return name
 
 
 def load(engine, run_dir: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -91,8 +115,9 @@ def export(engine, tokenizer, run_dir: Path) -> Path:
             weights = {name: weight.to(lm.dtype) for name, weight in weights.items()}
         aside, old = target.with_suffix(".partial"), target.with_suffix(".old")
         shutil.rmtree(aside, ignore_errors=True)
-        lm.save_pretrained(str(aside), state_dict=weights)
-        tokenizer.save_pretrained(str(aside))
+        with _said_in_one_sentence(aside):
+            lm.save_pretrained(str(aside), state_dict=weights)
+            tokenizer.save_pretrained(str(aside))
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
@@ -120,13 +145,3 @@ def _gathered(lm: nn.Module, trainable_only: bool) -> dict[str, torch.Tensor]:
         persistent = lm.state_dict().keys()
         weights |= {name: buffer.cpu() for name, buffer in lm.named_buffers() if name in persistent}
     return weights
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old text or the new one, and never a part."""
-    aside = path.with_suffix(".partial")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)

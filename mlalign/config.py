@@ -53,7 +53,7 @@ class Lora(BaseModel, extra="forbid"):
 
 
 class Task(BaseModel, extra="forbid"):
-    train: Sources
+    train: Sources = Field(min_length=1)
     dev: Sources = []
     streaming: bool = False  #: read rows as they are needed instead of holding them in memory
     batch_size: int = Field(128, gt=0)  #: rows of one task batch, over all ranks
@@ -63,7 +63,7 @@ class Task(BaseModel, extra="forbid"):
 
 
 class Alignment(BaseModel, extra="forbid"):
-    train: Sources
+    train: Sources = Field(min_length=1)
     dev: Sources = []
     streaming: bool = False
     batch_size: int = Field(128, gt=0)  #: pairs of one alignment batch, over all ranks
@@ -81,7 +81,7 @@ class Alignment(BaseModel, extra="forbid"):
 
 def _as_ratio(value: Any) -> Any:
     """YAML 1.1 reads an unquoted 2:1 as the base-60 number 121."""
-    return "{}:{}".format(*divmod(value, 60)) if isinstance(value, int) and value >= 60 else value
+    return "{}:{}".format(*divmod(value, 60)) if isinstance(value, int) and 60 <= value < 3600 else value
 
 
 class Interleave(BaseModel, extra="forbid"):
@@ -96,9 +96,12 @@ class Interleave(BaseModel, extra="forbid"):
         return int(task), int(align)
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(BaseModel, extra="forbid"):
     lr: float = Field(5e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)  #: of matrices; vectors (norms, biases) are never decayed
     clip: float = Field(1.0, ge=0)  #: largest global gradient norm; 0 = no clipping
@@ -115,7 +118,7 @@ class Evaluation(BaseModel, extra="forbid"):
 
 class Config(BaseModel, extra="forbid"):
     run_dir: str
-    seed: int = 1
+    seed: int = Field(1, ge=0)
     model: Model
     lora: Lora | None = None  #: null = full fine-tuning
     task: Task | None = None
@@ -147,6 +150,8 @@ class Config(BaseModel, extra="forbid"):
         main = self.task or self.alignment
         if self.optimizer.epochs is not None and main.streaming:
             raise ValueError("optimizer.epochs needs the number of rows, which a stream hides: give optimizer.steps")
+        if self.alignment and any(s.language for s in (*self.alignment.train, *self.alignment.dev)):
+            raise ValueError("language belongs to task sources: bitext rows carry src_lang and tgt_lang")
         if self.alignment and self.alignment.batch_size == 1:
             raise ValueError("alignment.batch_size is 1: a single pair has no negatives, use at least 2")
         local = self.alignment and self.alignment.negatives == "local"
@@ -171,7 +176,7 @@ def load(path: str | Path, overrides: list[str] = []) -> Config:  # noqa: B006 (
         raise UserError(f"config {path} does not exist or is no file")
     try:
         raw = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"config {path} is not valid YAML: {_one_line(error)}") from error
     if not OmegaConf.is_dict(raw):
         raise UserError(f"config {path} must hold `key: value` lines")
@@ -192,9 +197,9 @@ def load(path: str | Path, overrides: list[str] = []) -> Config:  # noqa: B006 (
         raise UserError(f"config {path}: {_explain(error)}") from error
 
 
-def dump(config: Config, path: Path) -> None:
-    """Write every key, defaults included, as YAML that `load` reads back."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+def dump(config: Config) -> str:
+    """Every key, defaults included, as YAML that `load` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
 #: DeepSpeed keys that say how to shard and communicate; everything else belongs to `Config`.
@@ -205,7 +210,6 @@ _DEEPSPEED_KEYS = {
     "gradient_predivide_factor",
     "comms_logger",
     "aio",
-    "zero_force_ds_cpu_optimizer",
 }
 _GOVERNED = {
     "train_batch_size": "task.batch_size",
@@ -255,7 +259,21 @@ def read_deepspeed(name: str | None) -> dict[str, Any]:
     automatic = [key for key, value in _flatten(values).items() if value == "auto"]
     if automatic:
         raise UserError(f'deepspeed: {path} sets {automatic[0]} to "auto": write the value, or leave the key out')
+    _check_zero(settings, path)
     return values
+
+
+def _check_zero(settings: dict[str, Any], path: Path) -> None:
+    """DeepSpeed's own check of the ZeRO section, before the weights are loaded and not after."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # here: it takes a second
+
+    try:
+        DeepSpeedZeroConfig(**settings)
+    except ValidationError as error:
+        item = error.errors()[0]
+        key = ".".join(str(part) for part in ("zero_optimization", *item["loc"]))
+        close = _suggest(str(item["loc"][-1]), set(DeepSpeedZeroConfig.model_fields))
+        raise UserError(f"deepspeed: {path}: {key}: {item['msg'].lower()}{close}") from error
 
 
 def _explain(error: ValidationError) -> str:

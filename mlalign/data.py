@@ -46,8 +46,13 @@ class Pair:
 
     src: list[int]
     tgt: list[int]
-    language: str  #: "src_lang-tgt_lang"
+    languages: tuple[str, str]  #: of src and tgt
     keys: tuple[int, int, int]  #: hashes of src, tgt and id (0 = no id), see `loss.same_text`
+
+    @property
+    def language(self) -> str:
+        """The language pair, by which bitext is balanced and reported."""
+        return "-".join(self.languages)
 
     def __len__(self) -> int:
         return len(self.src) + len(self.tgt)
@@ -117,6 +122,8 @@ def _renamed(row: Row, columns: dict[str, str], where: str) -> Row:
     missing = [theirs for theirs in columns.values() if theirs not in row]
     if missing:
         raise UserError(f"{where}: no column {missing[0]!r}, found {', '.join(map(repr, row))}")
+    if not {"prompt", "completion"}.isdisjoint(columns) and "messages" not in columns:
+        row = {name: value for name, value in row.items() if name != "messages"}  # the mapped fields are meant
     return row | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
@@ -133,8 +140,8 @@ def load_task(sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_len
         if not learned:
             counts.drop("nothing left to learn after truncation")
             return None
-        language = row.get("lang", source.language)
-        example = TaskExample(ids, labels, learned, str(language) if language is not None else "?")
+        language = row.get("lang") or source.language or "?"
+        example = TaskExample(ids, labels, learned, str(language))
         counts.keep(example, truncated)
         return example
 
@@ -153,7 +160,7 @@ def load_bitext(sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_l
         truncated = any(len(side) > max_length for side in sides)
         row_id = row.get("id")
         keys = (text_hash(src), text_hash(tgt), 0 if row_id is None else text_hash(str(row_id)))
-        pair = Pair(sides[0][:max_length], sides[1][:max_length], "-".join(languages), keys)
+        pair = Pair(sides[0][:max_length], sides[1][:max_length], languages, keys)
         counts.keep(pair, truncated)
         return pair
 
@@ -171,11 +178,12 @@ def encode_prompt(row: Row, where: str, tokenizer: PreTrainedTokenizerBase) -> l
     return encode_text(text[: spans[-1][0]], tokenizer)
 
 
-def render_answer(row: Row, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The answer that `encode_prompt` leaves out, as the decoded text of its tokens without special ones."""
-    text, spans, _ = _render_task(row, where, tokenizer)
-    ids = tokenizer.encode(text[slice(*spans[-1])], add_special_tokens=False)
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+def answer_text(row: Row, where: str) -> str:
+    """The answer of a task row as it was written: what a prediction is scored against."""
+    if "messages" in row:
+        return _messages(row["messages"], "messages", where)[-1]["content"].strip()
+    answer = row["completion"]
+    return (answer if isinstance(answer, str) else _messages(answer, "completion", where)[-1]["content"]).strip()
 
 
 def text_hash(text: str) -> int:
@@ -196,11 +204,17 @@ def _encode_task(
         learned = number % 2 == 1  # the pieces alternate: context, answer, context, ..., answer, rest
         ids += piece
         labels += piece if learned else [IGNORED] * len(piece)
-    if not special.intersection(pieces[-2]) and not pieces[-1]:
+    if not pieces[-1] and not _ends_a_turn(pieces[-2], tokenizer, special):
         ids.append(tokenizer.eos_token_id)
         labels.append(tokenizer.eos_token_id)
     with_bos = _with_bos(ids, tokenizer)
     return with_bos, [IGNORED] * (len(with_bos) - len(ids)) + labels, masked
+
+
+def _ends_a_turn(answer: list[int], tokenizer: PreTrainedTokenizerBase, special: set[int]) -> bool:
+    """Whether the last token that is more than white space is a special one."""
+    visible = (token for token in reversed(answer) if tokenizer.decode([token]).strip())
+    return next(visible, None) in special
 
 
 def _render_task(row: Row, where: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]], int]:
@@ -214,6 +228,9 @@ def _render_task(row: Row, where: str, tokenizer: PreTrainedTokenizerBase) -> tu
                 f"(found {', '.join(map(repr, row)) or 'nothing'}; `columns` renames)"
             )
     prompt, completion = row["prompt"], row["completion"]
+    for name in ("prompt", "completion"):
+        if not isinstance(row[name], str | list):
+            raise UserError(f"{where}: {name!r} is {row[name]!r}, expected text or a list of messages")
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt + completion, [(len(prompt), len(prompt) + len(completion))], 0
     turns = _messages(prompt, "prompt", where) + _messages(completion, "completion", where)

@@ -33,12 +33,18 @@ def init() -> None:
     _refuse_unranked()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    needed = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
     if missing:
         raise UserError(f"RANK is set but {missing[0]} is not: start through `deepspeed` or `torchrun`")
-    cuda = torch.cuda.is_available()
+    cuda = uses_cuda()
+    if cuda and local_rank() >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank()} finds {torch.cuda.device_count()} GPUs on {socket.gethostname()}: start one "
+            "process per GPU at most, or set DS_ACCELERATOR=cpu"
+        )
     if cuda:
-        torch.cuda.set_device(local_rank() if torch.cuda.device_count() > 1 else 0)
+        torch.cuda.set_device(local_rank())
 
     import deepspeed  # here: it takes seconds, and commands that need no engine should not pay for it
 
@@ -91,8 +97,14 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def uses_cuda() -> bool:
+    """Whether there is a GPU to use. DS_ACCELERATOR=cpu, DeepSpeed's own switch, keeps everything on the CPU."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
 def device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """This rank's device."""
+    return torch.device("cuda", torch.cuda.current_device()) if uses_cuda() else torch.device("cpu")
 
 
 def barrier() -> None:

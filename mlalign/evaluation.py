@@ -1,5 +1,7 @@
 """Losses and retrieval accuracy on dev, the same on any number of ranks. Used by `mlalign train` between steps."""
 
+from collections.abc import Callable
+
 import torch
 
 from mlalign import distributed, retrieval
@@ -9,26 +11,40 @@ from mlalign.objectives import alignment_loss
 from mlalign.sampler import slices
 
 
-def evaluate(engine, config: Config, task: list[TaskExample], bitext: list[Pair], pad: int) -> dict[str, float]:
-    """`dev/task_loss`, `dev/alignment_loss`, `dev/retrieval_accuracy`: what there is data for. Called by all ranks."""
+def evaluate(
+    engine, config: Config, task: list[TaskExample], bitext: list[Pair], pad: int, stop: Callable[[], bool]
+) -> dict[str, float] | None:
+    """`dev/task_loss`, `dev/alignment_loss`, `dev/retrieval_accuracy`: what there is data for. Called by all ranks.
+
+    `stop` is asked before each micro-batch, and answers the same on all ranks; where it says yes the result is None.
+    """
     engine.eval()
     values = {}
-    with torch.no_grad():
-        if task:
-            values["dev/task_loss"] = task_loss(engine, task, config.task.micro_batch_size, pad)
-        if bitext:
-            size = config.alignment.micro_batch_size
-            embeddings, pairs = embed_pairs(engine, bitext, size, pad)
-            values["dev/alignment_loss"] = _alignment_loss(embeddings, pairs, config)
-            values["dev/retrieval_accuracy"] = _retrieval_accuracy(embeddings, pairs)
-    engine.train()
-    return values
+    try:
+        with torch.no_grad():
+            if task:
+                values["dev/task_loss"] = task_loss(engine, task, config.task.micro_batch_size, pad, stop)
+            if bitext:
+                embeddings, pairs = embed_pairs(engine, bitext, config.alignment.micro_batch_size, pad, stop)
+                values["dev/alignment_loss"] = _alignment_loss(embeddings, pairs, config)
+                values["dev/retrieval_accuracy"] = _retrieval_accuracy(embeddings, pairs)
+    except _StoppedError:
+        return None
+    finally:
+        engine.train()
+    return distributed.broadcast_object(values)  # what follows from them is decided alike, to the last bit
 
 
-def task_loss(engine, examples: list[TaskExample], micro_batch_size: int, pad: int) -> float:
+class _StoppedError(Exception):
+    """An evaluation was asked to stop."""
+
+
+def task_loss(engine, examples: list[TaskExample], micro_batch_size: int, pad: int, stop: Callable[[], bool]) -> float:
     """NLL per learned token over all examples."""
     total = torch.zeros((), device=engine.device)
     for shares in slices(examples, micro_batch_size, distributed.world_size()):
+        if stop():
+            raise _StoppedError
         own = shares[distributed.rank()]
         # Ranks without a row in the last micro-batch still take part: under ZeRO-3 a forward is a collective.
         nll = engine(task=to_device(collate_task(own or shares[0][:1], pad), engine.device))
@@ -36,7 +52,9 @@ def task_loss(engine, examples: list[TaskExample], micro_batch_size: int, pad: i
     return distributed.all_sum(total).item() / sum(example.learned for example in examples)
 
 
-def embed_pairs(engine, pairs: list[Pair], micro_batch_size: int, pad: int) -> tuple[torch.Tensor, list[Pair]]:
+def embed_pairs(
+    engine, pairs: list[Pair], micro_batch_size: int, pad: int, stop: Callable[[], bool]
+) -> tuple[torch.Tensor, list[Pair]]:
     """Embeddings of all pairs on every rank, [2, pairs, hidden] on the CPU, and the pairs in the same order.
 
     The order is that of the keys' hashes: the same for any number of ranks, and as good as random.
@@ -44,6 +62,8 @@ def embed_pairs(engine, pairs: list[Pair], micro_batch_size: int, pad: int) -> t
     ranks, found = distributed.world_size(), []
     micro_batches = slices(pairs, micro_batch_size, ranks)
     for shares in micro_batches:
+        if stop():
+            raise _StoppedError
         own = shares[distributed.rank()]
         one_pass = prefers_one_pass([share for share in shares if share])
         passes = collate_bitext(own or shares[0][:1], pad, one_pass)

@@ -5,13 +5,10 @@ the first k decoder blocks and nothing else.
 """
 
 import copy
-import importlib.util
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from mlalign import distributed
@@ -36,9 +34,13 @@ _NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises UserError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
     except Exception as error:  # transformers raises many kinds
         raise UserError(f"model.path {settings.path}: no tokenizer could be loaded: {_first_line(error)}") from error
+    if not set(tokenizer.encode("a", add_special_tokens=False)) - set(tokenizer.all_special_ids):
+        # Where the files are missing, transformers makes an empty tokenizer for some architectures.
+        raise UserError(f"model.path {settings.path}: no tokenizer could be loaded: it has no vocabulary")
+    return tokenizer
 
 
 def load_model_config(settings: Model):
@@ -52,7 +54,7 @@ def load_model_config(settings: Model):
 def precision_dtype(precision: str) -> torch.dtype:
     """auto = bf16 on CUDA, else fp32."""
     if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "fp32"
+        precision = "bf16" if distributed.uses_cuda() else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
@@ -60,31 +62,40 @@ def attention_name(attention: str, dtype: torch.dtype) -> str | None:
     """auto = flash attention where installed, on CUDA and in bf16; else None: sdpa, or eager where there is none."""
     if attention != "auto":
         return attention
-    flash = torch.cuda.is_available() and dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn")
+    flash = distributed.uses_cuda() and dtype == torch.bfloat16 and is_flash_attn_2_available()
     return "flash_attention_2" if flash else None
 
 
 def load_lm(settings: Model, deepspeed_config: dict[str, Any] | None = None) -> PreTrainedModel:
-    """The pretrained model. Under ZeRO-3 every rank holds its shard only, from the first byte on.
+    """The pretrained model. Under ZeRO-3 every rank keeps its shard only; rank 0 reads the files, mapped into memory.
 
     Args: deepspeed_config: the engine's config while training, None elsewhere.
     """
-    dtype = precision_dtype(settings.precision)
     disable_progress_bar()
+    dtype = precision_dtype(settings.precision)
+    attention = attention_name(settings.attention, dtype)
     with _sharded_loading(deepspeed_config):
         try:
-            lm = AutoModelForCausalLM.from_pretrained(
-                settings.path,
-                dtype=dtype,
-                attn_implementation=attention_name(settings.attention, dtype),
-                trust_remote_code=settings.trust_remote_code,
-            )
+            lm = _from_pretrained(settings, dtype, attention)
         except Exception as error:
-            raise UserError(f"model.path {settings.path}: no model could be loaded: {_first_line(error)}") from error
+            if settings.attention != "auto" or attention is None:
+                raise UserError(
+                    f"model.path {settings.path}: no model could be loaded: {_first_line(error)}"
+                ) from error
+            lm = _from_pretrained(settings, dtype, None)  # a model without flash attention
     if settings.gradient_checkpointing:
         # Reentrant checkpointing fails where a block runs twice in one backward, as with two passes over a pair.
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     return lm
+
+
+def _from_pretrained(settings: Model, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        settings.path,
+        dtype=dtype,
+        attn_implementation=attention,
+        trust_remote_code=settings.trust_remote_code,
+    )
 
 
 @contextmanager
@@ -253,11 +264,11 @@ def make_optimizer(config: Config, groups: list[dict[str, Any]], zero: dict[str,
     """AdamW; DeepSpeed's CPU kernel where the optimizer is offloaded, which ZeRO demands."""
     settings = config.optimizer
     arguments = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
-    if zero["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+    if (zero["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
-    return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **arguments)
+    return torch.optim.AdamW(groups, fused=distributed.uses_cuda(), **arguments)
 
 
 def set_lr(optimizer, lr: float, rest_above: bool) -> None:
@@ -281,6 +292,9 @@ def make_engine(model: AlignedModel, optimizer: torch.optim.Optimizer, deepspeed
 
         def clip_and_keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             engine.plain_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+            if not engine.plain_grad_norm.isfinite():  # as ZeRO does: no update
+                for parameter in parameters:
+                    parameter.grad = None
 
         optimizer.register_step_pre_hook(clip_and_keep)
     return engine
@@ -302,11 +316,6 @@ def grad_norm(engine) -> float:
     """The global gradient norm of the last step, before clipping."""
     norm = getattr(engine, "plain_grad_norm", None)
     return float(engine.get_global_grad_norm() if norm is None else norm)
-
-
-def write_engine_config(deepspeed_config: dict[str, Any], path: Path) -> None:
-    """Keep what the engine was given in the run directory."""
-    path.write_text(json.dumps(deepspeed_config, indent=2) + "\n")
 
 
 def _first_line(error: Exception) -> str:

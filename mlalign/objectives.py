@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from deepspeed.utils import safe_get_local_grad, safe_set_full_grad, safe_set_local_grad
 
 from mlalign.config import Alignment
-from mlalign.distributed import gather_rows, gather_rows_with_grad, rank, world_size
+from mlalign.distributed import gather_rows, gather_rows_with_grad, rank, uses_cuda, world_size
 from mlalign.loss import info_nce, same_text
 
 Passes = list[dict[str, torch.Tensor]]
@@ -134,7 +134,7 @@ def rest_untouched(engine) -> None:
 
 def random_state() -> tuple[torch.Tensor, ...]:
     """The state of the generators that dropout draws from: CPU, and this rank's GPU."""
-    cuda = (torch.cuda.get_rng_state(),) if torch.cuda.is_available() else ()
+    cuda = (torch.cuda.get_rng_state(),) if uses_cuda() else ()
     return (torch.get_rng_state(), *cuda)
 
 

@@ -23,6 +23,8 @@ def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
     if not _is_local(source.path):
         yield from _read_with_datasets(source.path, source.subset, split=source.split)
         return
+    if source.subset or source.split != "train":
+        raise UserError(f"{source.path} is local: `subset` and `split` are for hub datasets, name the file instead")
     paths = sorted(glob.glob(source.path, recursive=True)) or [source.path]
     for path in paths:
         if not os.path.isfile(path):
@@ -57,7 +59,12 @@ def _read_json(path: str) -> Iterator[tuple[str, Row]]:
 
 def _parse_json(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if rb"\ud" in text.lower():  # half of a character written as two escapes is valid JSON and no text
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: an escape such as \\ud800 stands for half a character") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not valid UTF-8 (byte {error.start})") from error
     except (json.JSONDecodeError, RecursionError) as error:
@@ -78,8 +85,6 @@ def _read_with_datasets(name: str, subset: str | None = None, **kwargs) -> Itera
     try:
         for number, row in enumerate(datasets.load_dataset(name, subset, streaming=True, **kwargs), 1):
             yield f"{label}, row {number}", row
-    except UserError:
-        raise
     except Exception as error:  # datasets raises many kinds; a user needs the file and the reason
         kind = "cannot be read" if "data_files" in kwargs else "is neither a local file nor a readable hub dataset"
         raise UserError(f"{label} {kind}: {' '.join(str(error).split())[:300]}") from error

@@ -2,10 +2,11 @@
 
 config.yaml        the resolved config          checkpoints/      see `checkpoint`
 deepspeed.json     what the engine was given    adapter/, model/  the result: best on dev, else the last
-environment.txt    versions, host, ranks        tensorboard/      the same as metrics.jsonl, as curves
+environment.txt    of every start               tensorboard/      the same as metrics.jsonl, as curves
 metrics.jsonl      one line per log step
 """
 
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -38,12 +39,26 @@ def open_run(config: Config, run_dir: Path) -> None:
                     f"run_dir {run_dir} belongs to a run with another config (different: {', '.join(different)}): "
                     "choose another run_dir, or the same values to resume"
                 )
-        dump(config, path)
-        (run_dir / "environment.txt").write_text(_environment())
+        if not started:
+            write_whole(path, dump(config))
+            (run_dir / "environment.txt").unlink(missing_ok=True)
+        with (run_dir / "environment.txt").open("a") as file:
+            file.write(_environment())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that readers, and a run after a crash, see the old text or the new one, never a part."""
+    aside = path.with_suffix(".partial")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
 
 
 def _environment() -> str:
+    """One block per start."""
     packages = ("mlalign", "torch", "deepspeed", "transformers", "peft", "datasets", "numpy")
     lines = [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return "\n".join([*lines, f"host {platform.node()}, {gpu}, {distributed.world_size()} ranks"]) + "\n"
+    gpu = torch.cuda.get_device_name() if distributed.uses_cuda() else "no GPU"
+    return "\n".join([*lines, f"host {platform.node()}, {gpu}, {distributed.world_size()} ranks"]) + "\n\n"

@@ -78,7 +78,7 @@ class Meter:
 
 def _peak_memory() -> int:
     """Bytes: of this rank's GPU, or of this process."""
-    if torch.cuda.is_available():
+    if distributed.uses_cuda():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -98,7 +98,7 @@ class Tracker:
         path = run_dir / "metrics.jsonl"
         _cut_after(path, resumed_at)
         self._file = path.open("a")
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
         if console.is_terminal:
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
             self._progress = Progress(*columns, console=console, transient=True)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+os.environ["DS_ACCELERATOR"] = "cpu"  # several ranks on any machine, in fp32
 torch.set_num_threads(1)  # the tests' own process beside up to four ranks on two cores
 
 TEXT = [

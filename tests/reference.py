@@ -4,6 +4,7 @@ It shares nothing with the package but the reading of rows and the order of exam
 """
 
 import math
+import re
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -67,20 +68,39 @@ def load(config: Config):
 
 
 def train(config: Config, layer: int) -> dict[str, torch.Tensor]:
-    """Joint steps, constant learning rate. Returns every trainable parameter by name."""
+    """Joint or alternating steps, constant learning rate. Returns every trainable parameter by name."""
     lm = load(config)
+    names = [name for name, p in lm.named_parameters() if p.requires_grad]
     dataset = load_dataset(config, load_tokenizer(config.model))
     parameters = [p for p in lm.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.lr, eps=config.optimizer.eps, weight_decay=0.0)
-    for _ in range(config.optimizer.steps):
-        loss = task_loss(lm, dataset.orders["task"].take(config.task.batch_size))
-        pairs = dataset.orders["alignment"].take(config.alignment.batch_size)
-        loss = loss + config.alignment.weight * alignment_loss(lm, pairs, layer, config.alignment.temperature)
-        optimizer.zero_grad()
+    task, align = config.interleave.parts
+    cycle = ["task"] * task + ["align"] * align
+    for step in range(config.optimizer.steps):
+        now = cycle if config.interleave.mode == "joint" else [cycle[step % len(cycle)]]
+        loss = 0.0
+        if "task" in now:
+            loss = loss + task_loss(lm, dataset.orders["task"].take(now.count("task") * config.task.batch_size))
+        for _ in range(now.count("align")):
+            pairs = dataset.orders["alignment"].take(config.alignment.batch_size)
+            contrast = alignment_loss(lm, pairs, layer, config.alignment.temperature)
+            loss = loss + config.alignment.weight * contrast / now.count("align")
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)  # DeepSpeed's optimizers see zeros, where torch has None
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip or math.inf)
+        resting = [p.detach().clone() for p in parameters] if "task" not in now else []
         optimizer.step()
+        for name, parameter, before in zip(names, parameters, resting):
+            if is_above(name, layer):
+                parameter.data.copy_(before)
     return {name: p.detach().clone() for name, p in lm.named_parameters() if p.requires_grad}
+
+
+def is_above(name: str, layer: int) -> bool:
+    """Whether a Llama parameter lies above decoder block `layer`."""
+    block = re.search(r"layers\.(\d+)\.", name)
+    return int(block.group(1)) >= layer if block else "embed" not in name
 
 
 def authors_train(config: Config, layer: int) -> dict[str, torch.Tensor]:

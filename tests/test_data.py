@@ -78,6 +78,22 @@ def test_a_template_without_an_end_of_turn_gets_eos(tmp_path, tokenizer, monkeyp
     assert learned(example, tokenizer) == "artist: adele</s>"
 
 
+def test_a_special_token_inside_an_answer_is_not_its_end(tmp_path, tokenizer):
+    (example,), _ = task(tmp_path, tokenizer, {"prompt": "a =>", "completion": "<pad> b"})
+    assert example.labels[-1] == tokenizer.eos_token_id
+
+
+def test_a_null_language_falls_back_to_the_source(tmp_path, tokenizer):
+    (example,), _ = task(tmp_path, tokenizer, {"prompt": "a", "completion": "b", "lang": None}, language="sw")
+    assert example.language == "sw"
+
+
+def test_mapped_fields_are_meant_where_a_row_also_has_messages(tmp_path, tokenizer):
+    row = CHAT | {"question": "play =>", "answer": " song"}
+    (example,), _ = task(tmp_path, tokenizer, row, columns={"prompt": "question", "completion": "answer"})
+    assert learned(example, tokenizer) == " song</s>"
+
+
 def test_conversational_prompt_and_completion_are_messages(tmp_path, tokenizer):
     turns = CHAT["messages"][:2]
     (split,), _ = task(tmp_path, tokenizer, {"prompt": turns[:1], "completion": turns[1:]})
@@ -135,7 +151,7 @@ def test_bitext_in_both_forms(tmp_path, tokenizer):
     pairs, _ = bitext(tmp_path, tokenizer, plain, {"translation": {"de": "guten tag", "en": "good day"}})
     assert pairs[0] == pairs[1]
     assert tokenizer.decode(pairs[0].src) == "<s>guten tag"
-    assert pairs[0].language == "de-en"
+    assert (pairs[0].language, pairs[0].languages) == ("de-en", ("de", "en"))
 
 
 def test_bitext_with_an_empty_side_is_dropped_and_counted(tmp_path, tokenizer):
@@ -164,7 +180,7 @@ def test_collated_bitext_is_src_then_tgt(tmp_path, tokenizer):
 
 def test_sides_of_equal_length_share_a_pass_and_unequal_ones_do_not():
     def pair(src: int, tgt: int) -> Pair:
-        return Pair([1] * src, [1] * tgt, "de-en", (1, 2, 0))
+        return Pair([1] * src, [1] * tgt, ("de", "en"), (1, 2, 0))
 
     assert prefers_one_pass([[pair(10, 10)], [pair(9, 10)]])
     assert not prefers_one_pass([[pair(56, 16)]])
@@ -197,6 +213,8 @@ BAD_TASK_ROWS = {
     '{"prompt": "a", "completion": "b"': r"bad.jsonl:2: not valid JSON: Expecting",
     "[1, 2]": r"bad.jsonl:2: expected a JSON object, found list",
     '{"prompt": "a"}': r"bad.jsonl:2: no field 'completion': a task row needs .*found 'prompt'",
+    '{"prompt": "a", "completion": 4}': r"bad.jsonl:2: 'completion' is 4, expected text",
+    '{"prompt": "a", "completion": "\\ud800"}': r"bad.jsonl:2: an escape such as .* half a character",
     '{"messages": "hi"}': r"bad.jsonl:2: 'messages' must be a list of",
     '{"messages": [{"role": "user"}]}': r"bad.jsonl:2: 'messages' must be a list of",
     '{"messages": [{"role": "user", "content": "a"}]}': r"bad.jsonl:2: `messages` has no assistant turn",
@@ -245,6 +263,8 @@ def test_bad_files_are_one_sentence(tmp_path, tokenizer):
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(UserError, match=r"no column 'text', found 'prompt', 'completion'"):
         load("rows.jsonl", columns={"completion": "text"})
+    with pytest.raises(UserError, match=r"is local: `subset` and `split` are for hub datasets"):
+        load("rows.jsonl", split="validation")
     with pytest.raises(UserError, match=r"'target' is none of messages, prompt"):
         load("rows.jsonl", columns={"target": "completion"})
 

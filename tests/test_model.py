@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mlalign import model as model_module
+from mlalign import pooling
 from mlalign.config import Config, Lora, Model
 from mlalign.errors import UserError
 from mlalign.model import AlignedModel, add_lora, resolve_layer, truncated_decoder
@@ -129,6 +130,20 @@ def test_one_pass_and_two_passes_give_the_same_embeddings():
     both = {name: torch.cat([value, value.flip(0)]) for name, value in inputs().items()}
     flipped = {name: value.flip(0) for name, value in inputs().items()}
     torch.testing.assert_close(aligned(bitext=[both]), aligned(bitext=[inputs(), flipped]))
+
+
+def test_pooling_ignores_padding_on_either_side():
+    states = torch.arange(24.0).view(2, 4, 3)
+    mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])
+    assert torch.equal(pooling.mean(states, mask), torch.stack([states[0, :2].mean(0), states[1, 1:].mean(0)]))
+    assert torch.equal(pooling.last(states, mask), torch.stack([states[0, 1], states[1, 3]]))
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "qwen2", "gpt2", "llama"])
+def test_weights_without_a_tokenizer_are_one_sentence(tmp_path, architecture):
+    build(architecture).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+        model_module.load_tokenizer(Model(path=str(tmp_path)))
 
 
 def test_layer_auto_is_half_the_depth_and_others_are_checked():

@@ -7,6 +7,9 @@ import reference
 from test_world_size import ADAM, relative_error, run_steps
 
 from mlalign.config import Config, Interleave
+from mlalign.dataset import load_dataset
+from mlalign.distributed import world_size
+from mlalign.model import engine_config, load_tokenizer
 from mlalign.schedule import Batch, batches, lr_factor, total_steps
 
 
@@ -67,6 +70,45 @@ def test_learning_rate_warms_up_and_follows_its_schedule(settings, name, formula
     assert [factor(step) for step in (0, 5)] == [0, 0.5]
     for step in (10, 40, 99):
         assert factor(step) == pytest.approx(formula(step))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize(("mode", "ratio"), [("alternate", "1:1"), ("joint", "2:1"), ("joint", "1:2")])
+def test_other_interleavings_equal_the_plain_loop(ranks, settings, mode, ratio, stage):
+    settings["interleave"] = {"mode": mode, "ratio": ratio}
+    settings["alignment"] |= {"weight": 0.5, "batch_size": 4}
+    settings["optimizer"] |= {"lr": 1e-3, "steps": 4, "clip": 0.5} | ADAM
+    weights, _ = ranks(2).run(run_steps, settings, {"zero_optimization": {"stage": stage}})[0]
+    assert relative_error(weights, reference.train(Config.model_validate(settings), layer=2)) < 1e-5
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_local_negatives_are_the_mean_of_the_ranks_own_contrasts(ranks, settings, size):
+    """8 pairs on W ranks: W contrasts of 8 / W pairs, in the order in which they are dealt out."""
+    settings["alignment"] |= {"infonce": "one_way", "negatives": "local", "positives": "pair", "micro_batch_size": 8}
+    settings["interleave"] = {"ratio": "0:1"}
+    settings["task"] = None
+    found = ranks(size).run(first_loss, settings)
+    config = Config.model_validate(settings)
+    pairs = load_dataset(config, load_tokenizer(config.model)).orders["alignment"].take(8)
+    longest_first = sorted(pairs, key=lambda pair: len(pair.src) + len(pair.tgt), reverse=True)
+    lm = reference.load(config)
+    for rank, loss in enumerate(found):
+        own = longest_first[rank::size]
+        wanted = reference.alignment_loss(lm, own, 2, 0.1, by_id=False, symmetric=False)
+        assert loss == pytest.approx(float(wanted), rel=1e-5)
+
+
+def first_loss(values: dict) -> float:
+    from mlalign.commands import train
+    from mlalign.tracker import Meter
+
+    config, meter = Config.model_validate(values), Meter()
+    engine = train._make_engine(config, engine_config(config, {"zero_optimization": {"stage": 2}}), layer=2)
+    train._backward(engine, config, load_dataset(config, load_tokenizer(config.model)), 0, 0, meter)
+    engine.step()
+    engine.destroy()
+    return meter.losses()["alignment"][0].item() * world_size()
 
 
 def test_micro_batch_mode_is_the_authors_objective(ranks, settings):

@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from mlalign.config import Config
+from mlalign.dataset import load_dataset
 from mlalign.errors import UserError
+from mlalign.model import load_tokenizer
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 ALONE = [sys.executable, "-m", "mlalign"]
@@ -197,7 +200,9 @@ def dev_values(values: dict) -> dict[str, float]:
     config = Config.model_validate(values)
     engine = train._make_engine(config, model.engine_config(config, {"zero_optimization": {"stage": 3}}), layer=2)
     dataset = load_dataset(config, model.load_tokenizer(config.model))
-    found = evaluate(engine, config, dataset.task_dev, dataset.bitext_dev, pad=0)
+    found = evaluate(engine, config, dataset.task_dev, dataset.bitext_dev, pad=0, stop=lambda: False)
+    assert evaluate(engine, config, dataset.task_dev, dataset.bitext_dev, pad=0, stop=lambda: True) is None
+    assert engine.module.training
     engine.destroy()
     return found
 
@@ -206,10 +211,31 @@ def test_dev_values_do_not_depend_on_the_number_of_ranks(ranks, recipe):
     """7 rows and 9 pairs: on 4 ranks some have none in the last micro-batch."""
     recipe["task"]["micro_batch_size"] = 1
     recipe["alignment"] |= {"batch_size": 4, "micro_batch_size": 1}
-    wanted = ranks(1).run(dev_values, recipe)[0]
-    for size in (2, 4):
+    wanted = reference_dev_values(Config.model_validate(recipe))
+    for size in (1, 2, 4):
         for found in ranks(size).run(dev_values, recipe):
             assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def reference_dev_values(config: Config) -> dict[str, float]:
+    """One sentence at a time, with the plain losses; batches in the order of the pairs' hashes."""
+    lm = reference.load(config)
+    dataset = load_dataset(config, load_tokenizer(config.model))
+    pairs, size = sorted(dataset.bitext_dev, key=lambda pair: pair.keys), config.alignment.batch_size
+    batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    contrast = sum(len(batch) * float(reference.alignment_loss(lm, batch, 2, 0.1)) for batch in batches) / len(pairs)
+    hits = []
+    for language in sorted({pair.language for pair in pairs}):
+        own = [pair for pair in pairs if pair.language == language]
+        sides = [[reference.embed(lm, ids, 2) for ids in side] for side in zip(*((p.src, p.tgt) for p in own))]
+        for src, tgt in (sides, sides[::-1]):
+            nearest = [max(range(len(own)), key=lambda j, a=a, tgt=tgt: float(a @ tgt[j])) for a in src]
+            hits.append(sum(i == j for i, j in enumerate(nearest)) / len(own))
+    return {
+        "dev/task_loss": float(reference.task_loss(lm, dataset.task_dev)),
+        "dev/alignment_loss": contrast,
+        "dev/retrieval_accuracy": sum(hits) / len(hits),
+    }
 
 
 def steps_in_bf16(values: dict, stage: int) -> tuple[list[float], set]:
@@ -267,6 +293,8 @@ def failure(values: dict, *overrides: str) -> str:
         (["deepspeed=absent.json"], "absent.json does not exist; shipped in ds_configs/"),
         (["alignment.batch_size=1"], "a single pair has no negatives"),
         (["run_dir=/proc/nowhere"], "run_dir /proc/nowhere cannot be written"),
+        (["alignment.negatives=local", "alignment.micro_batch_size=7"], "leaves a micro-batch of one pair"),
+        (["optimizer.lr=1e30", "log_every=1"], "after step 2: try a lower optimizer.lr"),
         (["task.columns=x"], "unknown key task.columns"),
     ],
 )

@@ -5,6 +5,7 @@ Rows are task rows as for training, each with `lang`. Writes `predictions.jsonl`
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -12,12 +13,14 @@ from rich.table import Table
 
 from mlalign import distributed
 from mlalign.config import Model, Source
-from mlalign.data import TASK_FIELDS, collate_ids, encode_prompt, pad_id, render_answer
+from mlalign.data import TASK_FIELDS, answer_text, collate_ids, encode_prompt, pad_id
 from mlalign.errors import UserError
 from mlalign.model import load_for_inference, load_tokenizer
 from mlalign.rows import read_rows
 from mlalign.tasks import TASKS
 from mlalign.tracker import console, say
+
+_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)  # what reasoning models write before the answer
 
 
 def evaluate(
@@ -65,7 +68,7 @@ def _read(patterns: list[str], tokenizer, max_rows: int | None) -> list[dict]:
             seen[language] = seen.get(language, 0) + 1
             if max_rows is None or seen[language] <= max_rows:
                 prompt_ids = encode_prompt(row, where, tokenizer)
-                reference = render_answer(row, where, tokenizer)
+                reference = answer_text(row, where)
                 kept.append({"lang": language, "id": row.get("id"), "prompt_ids": prompt_ids, "reference": reference})
     if not kept:
         raise UserError(f"{' '.join(patterns)} hold no rows")
@@ -91,7 +94,8 @@ def _generate(lm, tokenizer, prompts: list[list[int]], batch_size: int, max_new_
             pad_token_id=pad,
         )
         for i, row in zip(index, tokens[:, batch["input_ids"].shape[1] :].tolist()):
-            answers[i] = tokenizer.decode(_until(row, ends), skip_special_tokens=True).strip()
+            answer = tokenizer.decode(_until(row, ends), skip_special_tokens=True)
+            answers[i] = _THOUGHT.sub("", answer).strip()
     everything = {i: answer for part in distributed.gather_objects(answers) for i, answer in part.items()}
     return [everything[i] for i in range(len(prompts))]
 

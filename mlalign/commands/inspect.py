@@ -10,28 +10,31 @@ from mlalign.data import Pair, TaskExample, pad_id
 from mlalign.dataset import load_dataset
 from mlalign.loss import IGNORED
 from mlalign.model import load_tokenizer
+from mlalign.sampler import slices
 from mlalign.tracker import console, say
 
-_ROWS = 4  #: rows shown of each objective's first batch
+_ROWS = 8  #: rows shown of each objective's first micro-batch
 
 
 def inspect(config: Config) -> None:
-    """Print counts, and the first rows of each objective's first batch."""
+    """Print the first rows of each objective's first micro-batch on one rank, and what was read."""
     tokenizer = load_tokenizer(config.model)
     dataset = load_dataset(config, tokenizer)
-    pooling = config.alignment.pooling if config.alignment else "mean"
     for objective, order in dataset.orders.items():
         section = getattr(config, objective)
-        batch = order.take(section.batch_size)[:_ROWS]
-        console.rule(f"{objective}: the first {len(batch)} rows of a batch of {section.batch_size}")
-        width = max(len(row.ids) if isinstance(row, TaskExample) else max(len(row.src), len(row.tgt)) for row in batch)
-        for row in batch:
-            console.print(
-                _pair(row, width, tokenizer, pooling) if isinstance(row, Pair) else _task(row, width, tokenizer)
-            )
+        share = slices(order.take(section.batch_size), section.micro_batch_size, ranks=1)[0][0]
+        console.rule(f"{objective}: {min(len(share), _ROWS)} rows of the first micro-batch of {len(share)}")
+        if objective == "task":
+            width = max(map(len, share))
+            lines = [_task(row, width, tokenizer) for row in share[:_ROWS]]
+        else:
+            width = max(max(len(pair.src), len(pair.tgt)) for pair in share)
+            lines = [_pair(pair, width, tokenizer, config.alignment.pooling) for pair in share[:_ROWS]]
+        for line in lines:
+            console.print(line)
     for name, counts in dataset.counts.items():
         say(f"{name}: {counts}")
-    say(f"legend: dim masked, [green learned], underlined pooled ({pooling}), _ padding (id {pad_id(tokenizer)})")
+    say(f"legend: dim masked, green learned, underlined pooled, _ padding (id {pad_id(tokenizer)})")
 
 
 def _task(row: TaskExample, width: int, tokenizer) -> Text:
@@ -43,7 +46,7 @@ def _task(row: TaskExample, width: int, tokenizer) -> Text:
 
 def _pair(row: Pair, width: int, tokenizer, pooling: str) -> Text:
     line = Text()
-    for language, ids in zip(row.language.split("-"), (row.src, row.tgt)):
+    for language, ids in zip(row.languages, (row.src, row.tgt)):
         line.append(f"{language}  ")
         for position, token in enumerate(ids):
             pooled = pooling == "mean" or position == len(ids) - 1

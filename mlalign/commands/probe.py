@@ -16,7 +16,7 @@ from torch import nn
 from mlalign import pooling, retrieval
 from mlalign.config import Model, Source
 from mlalign.data import collate_ids, encode_text, pad_id
-from mlalign.distributed import device
+from mlalign.distributed import device, launched
 from mlalign.errors import UserError
 from mlalign.model import decoder_parts, load_for_inference, load_tokenizer
 from mlalign.plots import plot_layers
@@ -32,6 +32,8 @@ def probe(
     `accuracy[k]` is the mean over directions at layer k (0 = embeddings, k = output of block k, before any final norm);
     `directions[k][src][tgt]` is one direction.
     """
+    if launched():
+        raise UserError("probe runs as one process: start it without a launcher")
     tokenizer = load_tokenizer(Model(path=model))
     sentences = _read(data, max_sentences)
     lm = load_for_inference(model, adapter)

@@ -4,6 +4,7 @@ mlalign train recipe.yaml                                       one process
 launch/deepspeed.sh recipe.yaml model.path=... run_dir=...      all GPUs of this machine, or NPROC=2 processes
 """
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from mlalign.objectives import (
     set_random_state,
     task_backward,
 )
-from mlalign.rundir import open_run
+from mlalign.rundir import open_run, write_whole
 from mlalign.sampler import slices
 from mlalign.tracker import Meter, Tracker, say
 
@@ -72,7 +73,7 @@ def train(config: Config) -> None:
     _say_counts(dataset)
 
     if distributed.is_main():
-        model.write_engine_config(engine_config, run_dir / "deepspeed.json")
+        write_whole(run_dir / "deepspeed.json", json.dumps(engine_config, indent=2) + "\n")
     engine = _make_engine(config, engine_config, layer)
     steps = schedule.total_steps(config, dataset.epoch_rows)
     lr_factor = schedule.lr_factor(config, steps)
@@ -87,20 +88,27 @@ def train(config: Config) -> None:
         tracker.text("config", (run_dir / "config.yaml").read_text())
 
     with distributed.StopSignals() as signals:
+
+        def asked_to_stop() -> bool:
+            return distributed.any_rank(signals.received)
+
         engine.train()
         while True:
-            stop = distributed.any_rank(signals.received)
+            stop = asked_to_stop()
             improved = False
+            evaluated = None
             if progress.evaluation_due(config, steps) and dataset.has_dev and not stop:
-                values = evaluate(engine, config, dataset.task_dev, dataset.bitext_dev, pad)
-                tracker.log(progress.step, values)
-                improved = progress.judge(values, config.evaluation.patience)
+                evaluated = evaluate(engine, config, dataset.task_dev, dataset.bitext_dev, pad, asked_to_stop)
+                stop = evaluated is None
                 meter.restart_clock()
+            if evaluated:
+                tracker.log(progress.step, evaluated)
+                improved = progress.judge(evaluated, config.evaluation.patience)
             finished = progress.step == steps or progress.stopped_early
             if improved or (finished and not stop and progress.best is None):
                 checkpoint.export(engine, tokenizer, run_dir)
             due = finished or stop or progress.step % config.checkpoint_every == 0
-            if improved or (due and progress.step > kept):
+            if evaluated or (due and progress.step > kept):
                 _save(engine, dataset, meter, run_dir, progress)
                 kept = progress.step
                 meter.restart_clock()
@@ -114,7 +122,9 @@ def train(config: Config) -> None:
             progress.step += 1
             tracker.advance(progress.step)
             if log_now:
-                tracker.log(progress.step, meter.read() | {"train/lr": lr, "train/grad_norm": grad_norm})
+                values = meter.read() | {"train/lr": lr, "train/grad_norm": grad_norm}
+                _refuse_non_finite(values, progress.step, run_dir)
+                tracker.log(progress.step, values)
     tracker.close()
     if any(section and section.streaming for section in (config.task, config.alignment)):
         _say_counts(dataset)
@@ -163,6 +173,16 @@ def _token_counts(passes: list[dict[str, torch.Tensor]]) -> dict[str, int]:
     return {"tokens": sum(int(mask.sum()) for mask in masks), "positions": sum(mask.numel() for mask in masks)}
 
 
+def _refuse_non_finite(values: dict[str, float], step: int, run_dir: Path) -> None:
+    """Stop where a loss or the gradient is no number any more. The values are reduced, so all ranks stop alike."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(
+            f"{bad[0]} is {values[bad[0]]} after step {step}: try a lower optimizer.lr or a longer warmup; "
+            f"{run_dir / 'checkpoints'} holds what was saved before"
+        )
+
+
 def _save(engine, dataset: Dataset, meter: Meter, run_dir: Path, progress: Progress) -> None:
     orders = {objective: order.state() for objective, order in dataset.orders.items()}
     state = {"progress": asdict(progress), "orders": orders}
@@ -173,7 +193,7 @@ def _save(engine, dataset: Dataset, meter: Meter, run_dir: Path, progress: Progr
 
 def _resume(engine, dataset: Dataset, meter: Meter, run_dir: Path, seed: int) -> Progress:
     """Go back to the latest checkpoint, or start."""
-    name = checkpoint.latest(run_dir)
+    name = distributed.broadcast_object(checkpoint.latest(run_dir) if distributed.is_main() else None)
     if name is None:
         torch.manual_seed(seed * 1_000_003 + distributed.rank())  # dropout differs between ranks
         return Progress()
@@ -202,6 +222,13 @@ def _check_batch_sizes(config: Config) -> None:
         if section is not None and section.batch_size % distributed.world_size():
             raise UserError(
                 f"{name}.batch_size is {section.batch_size}, which {distributed.world_size()} ranks cannot share evenly"
+            )
+    if config.alignment and config.alignment.negatives == "local":
+        share, size = config.alignment.batch_size // distributed.world_size(), config.alignment.micro_batch_size
+        if 1 in (share, size, share % size):
+            raise UserError(
+                f"alignment.batch_size {config.alignment.batch_size} is {share} pairs per rank, {size} at a time: that "
+                "leaves a micro-batch of one pair, which has no local negatives"
             )
 
 
