@@ -25,7 +25,9 @@ def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
         return
     if source.subset or source.split != "train":
         raise UserError(f"{source.path} is local: `subset` and `split` are for hub datasets, name the file instead")
-    paths = sorted(glob.glob(source.path, recursive=True)) or [source.path]
+    paths = sorted(glob.glob(source.path, recursive=True)) if glob.has_magic(source.path) else [source.path]
+    if not paths:
+        raise UserError(f"{source.path} matches no file")
     for path in paths:
         if not os.path.isfile(path):
             raise UserError(f"{path} does not exist or is no file")

@@ -251,6 +251,8 @@ def test_bad_files_are_one_sentence(tmp_path, tokenizer):
 
     with pytest.raises(UserError, match=r"absent.jsonl does not exist"):
         load("absent.jsonl")
+    with pytest.raises(UserError, match=r"absent.*jsonl matches no file"):
+        load("absent*.jsonl")
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(UserError, match=r"empty.jsonl holds no rows"):
         load("empty.jsonl")

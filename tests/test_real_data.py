@@ -42,6 +42,7 @@ def test_the_massive_recipe_trains_and_reports_unlabelled_languages(tmp_path, ti
         f"task.train={tmp_path}/massive/train.*.jsonl",
         f"task.dev={tmp_path}/massive/dev.en.jsonl",
         f"alignment.train=[{DATA}/tatoeba/swh-eng.jsonl, {DATA}/tatoeba/cym-eng.jsonl, {DATA}/tatoeba/tha-eng.jsonl]",
+        f"alignment.dev={DATA}/tatoeba/amh-eng.jsonl",
         "alignment.batch_size=32",
         "alignment.micro_batch_size=8",
         "task.batch_size=16",

@@ -3,6 +3,9 @@
 Task rows: dim = masked, green = learned, `_` = padding. Bitext: underlined = pooled, `_` = padding.
 """
 
+from itertools import groupby
+from operator import itemgetter
+
 from rich.text import Text
 
 from mlalign.config import Config
@@ -38,23 +41,23 @@ def inspect(config: Config) -> None:
 
 
 def _task(row: TaskExample, width: int, tokenizer) -> Text:
-    line = Text(f"{row.language}  ")
-    for token, label in zip(row.ids, row.labels):
-        line.append(_shown(tokenizer, token), style="dim" if label == IGNORED else "bold green")
+    styles = ["dim" if label == IGNORED else "bold green" for label in row.labels]
+    line = Text(f"{row.language}  ").append(_shown(row.ids, styles, tokenizer))
     return line.append("_" * (width - len(row)), style="red")
 
 
 def _pair(row: Pair, width: int, tokenizer, pooling: str) -> Text:
     line = Text()
     for language, ids in zip(row.languages, (row.src, row.tgt)):
-        line.append(f"{language}  ")
-        for position, token in enumerate(ids):
-            pooled = pooling == "mean" or position == len(ids) - 1
-            line.append(_shown(tokenizer, token), style="underline" if pooled else "dim")
+        pooled = [pooling == "mean" or position == len(ids) - 1 for position in range(len(ids))]
+        line.append(f"{language}  ").append(_shown(ids, ["underline" if p else "dim" for p in pooled], tokenizer))
         line.append("_" * (width - len(ids)) + "\n", style="red")
     return line
 
 
-def _shown(tokenizer, token: int) -> str:
-    """A token as text, with line breaks visible and a mark where bytes make no character."""
-    return tokenizer.decode([token]).replace("\n", "⏎").replace("\ufffd", "·")
+def _shown(ids: list[int], styles: list[str], tokenizer) -> Text:
+    """Tokens as text, each run of one style decoded together, as a character may span tokens."""
+    text = Text()
+    for style, run in groupby(zip(ids, styles), key=itemgetter(1)):
+        text.append(tokenizer.decode([token for token, _ in run]).replace("\n", "⏎"), style=style)
+    return text
