@@ -59,7 +59,9 @@ def _said_in_one_sentence(partial: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{partial.parent} cannot be written (is the disk full?), what was saved before is intact: {reason}") from error
+        raise UserError(
+            f"{partial.parent} cannot be written (is the disk full?), what was saved before is intact: {reason}"
+        ) from error
 
 
 def rotate(run_dir: Path, keep: set[int]) -> None:
