@@ -106,7 +106,8 @@ def load(engine, run_dir: Path, name: str) -> tuple[dict[str, Any], dict[str, An
 def export(engine, tokenizer, run_dir: Path) -> Path:
     """Write the adapter (peft's format) or the whole model (transformers' format), and the tokenizer. All ranks.
 
-    Adapters are written from the fp32 master weights, whole models in the precision of training.
+    Adapters are written from the fp32 master weights (under ZeRO-0 with bf16 from the bf16 weights), whole models in
+    the precision of training.
     """
     lm = engine.module.lm
     adapter = isinstance(lm, PeftModel)
@@ -138,7 +139,7 @@ def _gathered(lm: nn.Module, trainable_only: bool) -> dict[str, torch.Tensor]:
         if trainable_only and not parameter.requires_grad:
             continue
         whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-        if whole is None:  # ZeRO-0 keeps no master copy apart, and frozen weights have none
+        if whole is None:  # ZeRO-0 gives no access to its masters, and frozen weights have none
             with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 whole = parameter.detach().clone() if distributed.is_main() else None
         if distributed.is_main():

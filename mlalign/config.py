@@ -76,7 +76,7 @@ class Alignment(BaseModel, extra="forbid"):
     temperature: float = Field(0.1, gt=0)
     negatives: Literal["global", "local"] = "global"  #: the whole batch, or one rank's micro-batch
     positives: Literal["id", "pair"] = "id"  #: id: rows that share a sentence or an id are positives of each other
-    weight: float = Field(1.0, gt=0)  #: factor of the alignment loss
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)  #: factor of the alignment loss
 
 
 def _as_ratio(value: Any) -> Any:
@@ -100,7 +100,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(BaseModel, extra="forbid"):
-    lr: float = Field(5e-4, gt=0)
+    lr: float = Field(5e-4, gt=0, allow_inf_nan=False)
     betas: tuple[Share, Share] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)  #: of matrices; vectors (norms, biases) are never decayed
@@ -108,7 +108,9 @@ class Optimizer(BaseModel, extra="forbid"):
     schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = "inverse_sqrt"
     warmup_ratio: float = Field(0.03, ge=0, le=1)  #: share of all steps
     steps: int | None = Field(None, gt=0)
-    epochs: float | None = Field(None, gt=0)  #: passes over the task rows (over the pairs if there is no task)
+    epochs: float | None = Field(
+        None, gt=0, allow_inf_nan=False
+    )  #: passes over the task rows (over the pairs if there is no task)
 
 
 class Evaluation(BaseModel, extra="forbid"):
@@ -118,7 +120,7 @@ class Evaluation(BaseModel, extra="forbid"):
 
 class Config(BaseModel, extra="forbid"):
     run_dir: str
-    seed: int = Field(1, ge=0)
+    seed: int = Field(1, ge=0, lt=2**32)
     model: Model
     lora: Lora | None = None  #: null = full fine-tuning
     task: Task | None = None
@@ -186,7 +188,7 @@ def load(path: str | Path, overrides: list[str] = []) -> Config:  # noqa: B006 (
             raise UserError(f"override {override!r} must have the form key.subkey=value")
         try:
             OmegaConf.update(raw, key, OmegaConf.from_dotlist([f"value={value}"]).value)
-        except (OmegaConfBaseException, YAMLError) as error:
+        except (OmegaConfBaseException, YAMLError, ValueError) as error:
             raise UserError(f"override {override!r} cannot be applied: {_one_line(error)}") from error
     try:
         values = OmegaConf.to_container(raw, resolve=True)
@@ -256,6 +258,10 @@ def read_deepspeed(name: str | None) -> dict[str, Any]:
         raise UserError(f"deepspeed: {path} must set zero_optimization.stage to 0, 1, 2 or 3")
     if settings.get("overlap_comm") and settings["stage"] < 2:
         raise UserError(f"deepspeed: {path} sets overlap_comm, which needs ZeRO stage 2 or 3 here")
+    if settings.get("offload_optimizer") and settings["stage"] == 0:
+        raise UserError(f"deepspeed: {path} offloads the optimizer, which needs ZeRO stage 1, 2 or 3")
+    if settings.get("compute_grad_norm") is False:
+        raise UserError(f"deepspeed: {path} sets compute_grad_norm to false, but clipping and the log need the norm")
     automatic = [key for key, value in _flatten(values).items() if value == "auto"]
     if automatic:
         raise UserError(f'deepspeed: {path} sets {automatic[0]} to "auto": write the value, or leave the key out')

@@ -180,10 +180,15 @@ def encode_prompt(row: Row, where: str, tokenizer: PreTrainedTokenizerBase) -> l
 
 def answer_text(row: Row, where: str) -> str:
     """The answer of a task row as it was written: what a prediction is scored against."""
-    if "messages" in row:
-        return _messages(row["messages"], "messages", where)[-1]["content"].strip()
-    answer = row["completion"]
-    return (answer if isinstance(answer, str) else _messages(answer, "completion", where)[-1]["content"]).strip()
+    if "messages" not in row and isinstance(row["completion"], str):
+        return row["completion"].strip()
+    name = "messages" if "messages" in row else "completion"
+    last = _messages(row[name], name, where)[-1]
+    if last["role"] != "assistant":
+        raise UserError(
+            f"{where}: the last of {name!r} is by {last['role']!r}, but an assistant's answer is to be scored"
+        )
+    return last["content"].strip()
 
 
 def text_hash(text: str) -> int:

@@ -130,7 +130,7 @@ def load_for_inference(path: str, adapter: str | None = None) -> nn.Module:
     if adapter is not None:
         try:
             lm = PeftModel.from_pretrained(lm, adapter).merge_and_unload()
-        except (ValueError, OSError, RuntimeError) as error:
+        except Exception as error:  # of peft, safetensors, json
             raise UserError(f"adapter {adapter} cannot be loaded: {_first_line(error)}") from error
     return lm.to(distributed.device()).eval()
 

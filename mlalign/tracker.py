@@ -118,6 +118,7 @@ class Tracker:
         self._file.flush()
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # what is on disk is not lost with the process, however it ends
         groups: dict[str, list[str]] = {}
         for name, value in values.items():
             group, _, short = name.partition("/")

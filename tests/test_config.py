@@ -67,6 +67,8 @@ BAD = {
     ("task.train=[]",): r"task.train is \[\]: .*at least 1 item",
     ("interleave.ratio=1:2:3",): r"interleave.ratio is",
     ("alignment.train={path: a.jsonl, language: de}",): r"language belongs to task sources",
+    ("optimizer.steps=null", "optimizer.epochs=.inf"): r"optimizer.epochs is inf: input should be a finite number",
+    ("task.train=[a.jsonl]", "task.train.x=1"): r"override 'task.train.x=1' cannot be applied",
     ("nonsense",): r"override 'nonsense' must have the form key.subkey=value",
     ("model=null",): r"model is None",
 }
@@ -104,6 +106,8 @@ BAD_DEEPSPEED = {
     '{"zero_optimization": {"stage": 2, "offload_optimiser": {}}}': r"offload_optimiser: .*did you mean offload_opt",
     '{"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}}': r"zero_optimization.reduce_bucket_size: input",
     '{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}': r"zero_optimization.offload_optimizer",
+    '{"zero_optimization": {"stage": 2, "compute_grad_norm": false}}': r"compute_grad_norm to false",
+    '{"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}': r"needs ZeRO stage 1, 2 or 3",
     "{": r"not valid JSON",
     "[]": r"must hold one JSON object",
 }

@@ -320,6 +320,17 @@ def test_a_run_directory_of_another_config_or_layout_is_refused(ranks, settings)
         assert "saved with world_size 1, not 2" in message
 
 
+def test_data_that_changed_between_start_and_resume_is_refused(ranks, settings, rows, tmp_path):
+    fewer = tmp_path / "task.jsonl"
+    fewer.write_text(rows["task"].read_text())
+    settings["task"]["train"] = str(fewer)
+    settings["optimizer"] |= {"steps": None, "epochs": 1}
+    assert ranks(1).run(failure, settings) == ["no error"]
+    fewer.write_text("".join(rows["task"].read_text().splitlines(keepends=True)[:16]))
+    (message,) = ranks(1).run(failure, settings)
+    assert "was started with 48 rows and 6 steps, now the data gives 16 and 2" in message
+
+
 def test_the_command_line_prints_the_sentence_and_exits_with_2(tmp_path, settings):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
     settings["task"]["train"] = str(tmp_path / "bad.jsonl")

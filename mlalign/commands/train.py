@@ -36,7 +36,7 @@ class Progress:
     """How far the run is, and how well it does on dev. Saved with every checkpoint."""
 
     step: int = 0
-    best: float | None = None  #: the smallest dev loss so far (task loss; alignment loss where there is no task)
+    best: float | None = None  #: the smallest dev loss so far (task loss; alignment loss where there is no task dev)
     best_step: int = 0
     evaluations_since_best: int = 0
     evaluated_step: int = 0  #: a run stopped by a signal where an evaluation is due begins again with it
@@ -81,7 +81,7 @@ def train(config: Config) -> None:
     say(_describe(engine, config, layer, steps))
 
     meter = Meter()
-    progress = _resume(engine, dataset, meter, run_dir, config.seed)
+    progress = _resume(engine, dataset, meter, run_dir, config.seed, steps)
     kept = progress.step  # what the latest checkpoint holds
     tracker = Tracker(run_dir, progress.step, steps)
     if progress.step == 0:
@@ -109,7 +109,7 @@ def train(config: Config) -> None:
                 checkpoint.export(engine, tokenizer, run_dir)
             due = finished or stop or progress.step % config.checkpoint_every == 0
             if evaluated or (due and progress.step > kept):
-                _save(engine, dataset, meter, run_dir, progress)
+                _save(engine, dataset, meter, run_dir, progress, steps)
                 kept = progress.step
                 meter.restart_clock()
             if finished or stop:
@@ -183,21 +183,26 @@ def _refuse_non_finite(values: dict[str, float], step: int, run_dir: Path) -> No
         )
 
 
-def _save(engine, dataset: Dataset, meter: Meter, run_dir: Path, progress: Progress) -> None:
+def _save(engine, dataset: Dataset, meter: Meter, run_dir: Path, progress: Progress, steps: int) -> None:
     orders = {objective: order.state() for objective, order in dataset.orders.items()}
-    state = {"progress": asdict(progress), "orders": orders}
+    state = {"progress": asdict(progress), "orders": orders, "steps": steps, "epoch_rows": dataset.epoch_rows}
     own = {"random_state": random_state(), "losses": meter.losses()}
     checkpoint.save(engine, run_dir, progress.step, state, own)
     checkpoint.rotate(run_dir, keep={progress.best_step})
 
 
-def _resume(engine, dataset: Dataset, meter: Meter, run_dir: Path, seed: int) -> Progress:
-    """Go back to the latest checkpoint, or start."""
+def _resume(engine, dataset: Dataset, meter: Meter, run_dir: Path, seed: int, steps: int) -> Progress:
+    """Go back to the latest checkpoint, or start. Raises UserError where the data has another number of rows now."""
     name = distributed.broadcast_object(checkpoint.latest(run_dir) if distributed.is_main() else None)
     if name is None:
         torch.manual_seed(seed * 1_000_003 + distributed.rank())  # dropout differs between ranks
         return Progress()
     state, own = checkpoint.load(engine, run_dir, name)
+    if (state["steps"], state["epoch_rows"]) != (steps, dataset.epoch_rows):
+        raise UserError(
+            f"{run_dir} was started with {state['epoch_rows']} rows and {state['steps']} steps, now the data gives "
+            f"{dataset.epoch_rows} and {steps}: put the data back, or choose another run_dir"
+        )
     for objective, order in dataset.orders.items():
         order.restore(state["orders"][objective])
     set_random_state(own["random_state"])
