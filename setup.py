@@ -33,6 +33,8 @@ setup(
         "rich>=15,<16",
         "matplotlib>=3.11,<4",
         "numpy>=2.4,<3",
+        "scipy>=1.17,<2",
+        "langcodes>=3.5.1,<4",
         "ninja>=1.13,<2",  # builds DeepSpeed's CPU ops on first use
     ],
     extras_require={

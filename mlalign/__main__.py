@@ -5,7 +5,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from mlalign.errors import UserError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, see mlalign/recipes.")]
+Precision = Literal["auto", "bf16", "fp32"]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as optimizer.lr=1e-4.")]
 
 
@@ -65,16 +66,54 @@ def evaluate(
 @app.command()
 def probe(
     model: Annotated[str, typer.Argument(help="A directory or hub id.")],
-    data: Annotated[Path, typer.Option(help="Directory of <language>.jsonl with `text`, line-aligned.")],
-    output: Annotated[Path, typer.Option(help="Directory for probe.json and layers.png.")],
+    data: Annotated[
+        str, typer.Option(help="Parallel text: a directory with a file per language, a hub id, or bitext JSONL.")
+    ],
+    output: Annotated[Path, typer.Option(help="Directory for probe.json and the pictures.")],
     adapter: Annotated[str | None, typer.Option(help="A peft adapter, such as RUN_DIR/adapter.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    max_sentences: Annotated[int | None, typer.Option(min=2, help="Per language; all by default.")] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="An adapter of MODEL, another model, or a RUN_DIR: before and after.")
+    ] = None,
+    languages: Annotated[str | None, typer.Option(help="Codes, such as eng_Latn,deu_Latn; all by default.")] = None,
+    max_sentences: Annotated[int | None, typer.Option(min=5, help="The first so many; all by default.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Such as 0-8,16; all by default; 0 = embeddings.")] = None,
+    pooling: Annotated[str, typer.Option(help="mean, last, or mean,last for both in the same pass.")] = "mean",
+    pool_bos: Annotated[bool, typer.Option(help="Whether the mean counts BOS, as in the paper's code.")] = True,
+    precision: Annotated[Precision, typer.Option(help="auto = bf16 on CUDA, else fp32.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Sentences of one forward pass on one rank.")] = 32,
+    split: Annotated[str | None, typer.Option(help="Of a hub dataset.")] = None,
+    deepspeed: Annotated[
+        str | None, typer.Option(help="ds_configs/zero3.json shards the model over the ranks.")
+    ] = None,
+    keep_states: Annotated[bool, typer.Option(help="Keep OUTPUT/states when all is done.")] = False,
+    report: Annotated[
+        list[Path] | None, typer.Option(help="What `mlalign evaluate` wrote, to correlate with; may be repeated.")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="Of the reports; the first one by default.")] = None,
 ) -> None:
-    """Measure translation retrieval at every layer, over all directions."""
-    from mlalign.commands.probe import probe
+    """Measure how well translations find each other at every layer, and name the layer to align."""
+    from mlalign.commands.probe import Settings, probe
 
-    probe(model, data, output, adapter, batch_size, max_sentences)
+    settings = Settings(
+        model=model,
+        data=data,
+        output=output,
+        adapter=adapter,
+        compare=compare,
+        languages=None if languages is None else languages.split(","),
+        max_sentences=max_sentences,
+        layers=layers,
+        pooling=tuple(pooling.split(",")),
+        pool_bos=pool_bos,
+        precision=precision,
+        batch_size=batch_size,
+        split=split,
+        deepspeed=deepspeed,
+        keep_states=keep_states,
+        reports=tuple(report or ()),
+        metric=metric,
+    )
+    probe(settings)
 
 
 @app.command()

@@ -62,6 +62,18 @@ class Task(BaseModel, extra="forbid"):
     language_temperature: float = Field(1.0, ge=0, le=1)  #: 1 = languages by their size, 0 = uniform
 
 
+def _as_layer(value: Any) -> Any:
+    """`probe:DIR` is the layer that `mlalign probe` recommends in DIR/probe.json."""
+    if not isinstance(value, str) or not value.startswith("probe:"):
+        return value
+    path = Path(value.removeprefix("probe:")) / "probe.json"
+    try:
+        layer = json.loads(path.read_text())["recommendation"]["layer"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read as the result of `mlalign probe`") from error
+    return layer
+
+
 class Alignment(BaseModel, extra="forbid"):
     train: Sources = Field(min_length=1)
     dev: Sources = []
@@ -70,7 +82,8 @@ class Alignment(BaseModel, extra="forbid"):
     micro_batch_size: int = Field(32, gt=0)  #: pairs of one forward pass on one rank
     max_length: int = Field(128, gt=1)  #: tokens of one side
     language_temperature: float = Field(1.0, ge=0, le=1)
-    layer: int | Literal["auto"] = "auto"  #: number of decoder blocks run; auto = half the depth
+    layer: Annotated[int | Literal["auto"], BeforeValidator(_as_layer)] = "auto"
+    """Number of decoder blocks run; auto = half the depth, probe:DIR = what `mlalign probe` recommends."""
     pooling: Literal["mean", "last"] = "mean"
     infonce: Literal["symmetric", "one_way"] = "symmetric"  #: one_way: src finds tgt only
     temperature: float = Field(0.1, gt=0)

@@ -152,7 +152,7 @@ def load_bitext(sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_l
     """Bitext rows as a lazy iterator of `Pair`."""
 
     def encode(row: Row, where: str, source: Source, counts: Counts) -> Pair | None:
-        src, tgt, languages = _bitext_fields(row, where)
+        src, tgt, languages = bitext_fields(row, where)
         if not src.strip() or not tgt.strip():
             counts.drop("an empty side")
             return None
@@ -322,7 +322,8 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return added | set(tokenizer.all_special_ids)
 
 
-def _bitext_fields(row: Row, where: str) -> tuple[str, str, tuple[str, str]]:
+def bitext_fields(row: Row, where: str) -> tuple[str, str, tuple[str, str]]:
+    """Source, target and their languages. Raises UserError for a row that lacks one of them."""
     if isinstance(row.get("translation"), dict):
         sides = {language: text for language, text in row["translation"].items() if text is not None}
         if len(sides) != 2:

@@ -151,6 +151,21 @@ def gather_objects(value) -> list:
     return boxes
 
 
+def to_main(value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Rank 0 gets every rank's tensor, one at a time and in rank order; the others send theirs and get none.
+
+    Every rank must iterate, with a tensor of the same shape.
+    """
+    if not is_main():
+        dist.send(value.contiguous(), dst=0)
+        return
+    yield value
+    for source in range(1, world_size()):
+        part = torch.empty_like(value)
+        dist.recv(part, src=source)
+        yield part
+
+
 @contextmanager
 def on_main() -> Iterator[None]:
     """Where the body fails on rank 0, all ranks leave with an error instead of waiting for it. All ranks enter."""

@@ -124,15 +124,21 @@ def add_lora(lm: PreTrainedModel, lora: Lora) -> PeftModel:
         raise UserError(f"lora.target_modules {lora.target_modules}: {_first_line(error)}") from error
 
 
-def load_for_inference(path: str, adapter: str | None = None) -> nn.Module:
-    """A model, with an adapter's weights merged in where one is given, in eval mode on this rank's device."""
-    lm = load_lm(Model(path=path))
+def load_for_inference(
+    settings: Model, adapter: str | None = None, deepspeed_config: dict[str, Any] | None = None
+) -> nn.Module:
+    """A model in eval mode on this rank's device, with an adapter's weights merged in where one is given.
+
+    Args: deepspeed_config: for ZeRO-3, where the model is not moved and the adapter stays beside its shards.
+    """
+    lm = load_lm(settings, deepspeed_config)
     if adapter is not None:
         try:
-            lm = PeftModel.from_pretrained(lm, adapter).merge_and_unload()
+            lm = PeftModel.from_pretrained(lm, adapter)
+            lm = lm if deepspeed_config else lm.merge_and_unload()
         except Exception as error:  # of peft, safetensors, json
             raise UserError(f"adapter {adapter} cannot be loaded: {_first_line(error)}") from error
-    return lm.to(distributed.device()).eval()
+    return (lm if deepspeed_config else lm.to(distributed.device())).eval()
 
 
 # ------------------------------------------------------------------------------------------------- truncated forward
@@ -297,6 +303,21 @@ def make_engine(model: AlignedModel, optimizer: torch.optim.Optimizer, deepspeed
                     parameter.grad = None
 
         optimizer.register_step_pre_hook(clip_and_keep)
+    return engine
+
+
+def inference_config(settings: Model, zero: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's config for forward passes only."""
+    bf16 = precision_dtype(settings.precision) == torch.bfloat16
+    return zero | {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": bf16}, "steps_per_print": 10**9}
+
+
+def inference_engine(module: nn.Module, deepspeed_config: dict[str, Any]):
+    """Shard a module over the ranks by ZeRO-3, for forward passes only."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=module, config=deepspeed_config)
+    engine.eval()
     return engine
 
 

@@ -1,32 +1,106 @@
-"""Pictures: readable in greyscale, one idea each."""
+"""Pictures: readable in greyscale, one idea each, languages by their codes."""
 
+import math
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")  # no display on a compute node
 import matplotlib.pyplot as plt
+import numpy as np
 
-_STYLES = [("#888888", "--", "o"), ("#0b4f9e", "-", "s")]
+_COLOURS = ["#777777", "#0b4f9e", "#d08a00", "#5b2a86"]  # of series; their lightness differs
+_MARKERS = ["o", "s", "^", "D"]
+_LINES = ["-", ":", "--", "-."]  # of groups
+_HEAT = "cividis"  # lightness grows with the value
 
 
-def plot_layers(curves: dict[str, list[float]], path: Path, marked: int | None = None) -> None:
-    """Retrieval accuracy by layer, one curve per name (values of layers 0, 1, ...); `marked`: the aligned layer."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (name, values), (colour, line, marker) in zip(curves.items(), _STYLES):
-        axes.plot(range(len(values)), values, line, color=colour, marker=marker, label=name)
-    if marked is not None:
-        axes.axvline(marked, color="black", linewidth=0.8, linestyle=":")
-        axes.annotate("aligned layer", (marked, 0.08), rotation=90, ha="right", va="bottom", fontsize=8)
-    axes.set(xlabel="layer (decoder blocks run)", ylabel="retrieval accuracy", ylim=(0, 1.02))
-    axes.set_xticks(range(max(map(len, curves.values()))))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+def plot_layers(
+    panels: dict[str, dict[tuple[str, str], list[float]]], layers: list[int], chosen: int, path: Path
+) -> None:
+    """Small panels of values by layer, one for each measure: `{measure: {(series, group): values}}`, and a legend.
+
+    Args: chosen: the layer that is marked.
+    """
+    columns = min(4, len(panels))
+    height = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(
+        height, columns, figsize=(3.4 * columns, 2.6 * height + 0.5), layout="constrained", squeeze=False, sharex=True
+    )
+    keys = list(next(iter(panels.values())))
+    series, groups = list(dict.fromkeys(name for name, _ in keys)), list(dict.fromkeys(name for _, name in keys))
+    for axis, (measure, curves) in zip(axes.flat, panels.items()):
+        for (name, group), values in curves.items():
+            number = series.index(name) + (len(series) == 1)  # one alone is drawn dark
+            axis.plot(
+                layers,
+                values,
+                _LINES[groups.index(group) % len(_LINES)],
+                color=_COLOURS[number % len(_COLOURS)],
+                marker=_MARKERS[number % len(_MARKERS)],
+                markersize=3.5,
+                label=_label(name, group, len(series), len(groups)),
+            )
+        axis.axvline(chosen, color="black", linewidth=0.8, linestyle=(0, (1, 2)))
+        axis.set_title(measure, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    figure.supxlabel(f"layer (decoder blocks run); dotted: layer {chosen}", fontsize=9)
+    if len(keys) > 1:
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(keys)), frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def plot_languages(bars: dict[str, dict[str, float]], path: Path, metric: str) -> None:
+def plot_heat(
+    panels: dict[str, np.ndarray], rows: list[str], columns: list[str], labels: tuple[str, str, str], path: Path
+) -> None:
+    """Heat maps side by side on one scale: `{title: [rows, columns]}`; NaN stays white.
+
+    Args: labels: of rows, columns and the scale.
+    """
+    width = max(3.0, 0.2 * len(columns) + 1)
+    height = max(3.0, 0.17 * len(rows) + 1.2)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(width * len(panels) + 1, height), layout="constrained", squeeze=False
+    )
+    finite = np.concatenate([values[np.isfinite(values)] for values in panels.values()])
+    low, high = (min(0.0, finite.min()), finite.max()) if finite.size else (0.0, 1.0)
+    for axis, (title, values) in zip(axes.flat, panels.items()):
+        image = axis.imshow(values, cmap=_HEAT, vmin=low, vmax=max(high, low + 1e-6), aspect="auto")
+        axis.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(rows)), rows, fontsize=7)
+        axis.set(title=title, xlabel=labels[1])
+    axes.flat[0].set_ylabel(labels[0])
+    figure.colorbar(image, ax=axes, label=labels[2], shrink=0.9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_scatter(panels: dict[str, dict[str, tuple[float, float]]], labels: tuple[str, str], path: Path) -> None:
+    """Named points side by side: `{title: {name: (x, y)}}`, with a fitted line. Args: labels: of x and y."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4), layout="constrained", squeeze=False)
+    for axis, (title, points) in zip(axes.flat, panels.items()):
+        x, y = np.array(list(points.values())).T
+        axis.scatter(x, y, s=14, color=_COLOURS[1])
+        for name, place in points.items():
+            axis.annotate(name, place, fontsize=7, xytext=(2, 3), textcoords="offset points")
+        if np.ptp(x) > 0:
+            slope, start = np.polyfit(x, y, 1)
+            ends = np.array([x.min(), x.max()])
+            axis.plot(ends, start + slope * ends, color=_COLOURS[0], linewidth=1)
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel=labels[0])
+        axis.grid(alpha=0.3)
+    axes.flat[0].set_ylabel(labels[1])
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_scores(bars: dict[str, dict[str, float]], path: Path, metric: str) -> None:
     """Grouped bars per language, one group member per name: `{name: {language: value}}`."""
     languages = list(next(iter(bars.values())))
     width = 0.8 / len(bars)
@@ -42,3 +116,7 @@ def plot_languages(bars: dict[str, dict[str, float]], path: Path, metric: str) -
     axes.legend(frameon=False, loc="upper center", ncols=len(bars), bbox_to_anchor=(0.5, 1.12))
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _label(name: str, group: str, series: int, groups: int) -> str:
+    return ", ".join([name] * (series > 1) + [group] * (groups > 1))

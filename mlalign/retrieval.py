@@ -1,15 +1,175 @@
-"""How well translations find each other. Pure functions of embeddings."""
+"""How well translations find each other, over all directions of a set of languages at once. Pure functions.
+
+`states` are sentence embeddings [languages, sentences, hidden], where sentence n of every language is a translation of
+sentence n of the others. `ids` [languages, sentences] number the distinct texts of each language: two rows of one
+language with the same id are the same sentence.
+
+Sentence i of `src` is *found* in `tgt` if a right row of `tgt` scores strictly higher than every wrong one. Right is
+row i, and any row whose text, or whose translation's text, is the same as that of row i: the same answer, or another
+translation of the same question. So a tie with a wrong row is no find, and repeated sentences never compete.
+
+Products are in fp32, for the cosines of an LLM's middle layers often differ in the fourth digit only, where bf16 has
+none left. Work is done in blocks of languages, so that memory beyond the states is bounded.
+"""
 
 import torch
 import torch.nn.functional as F
 
+NEIGHBOURS = 4  #: k of the margins: Artetxe & Schwenk 2019, section 3.2, and LASER
+_BLOCK = 2**22  #: similarities held at once: 16 MB, near a CPU's cache and enough for a GPU
+
 
 def accuracy(src: torch.Tensor, tgt: torch.Tensor) -> float:
-    """Top-1 retrieval accuracy by cosine: the share of rows of `src` whose nearest row of `tgt` has the same index.
-
-    A tie counts as found only if the right row is the first of the nearest, as in a search.
+    """Top-1 retrieval accuracy of one direction by cosine, for rows that are all distinct sentences.
 
     Args: src, tgt [sentences, hidden], row n of one translates row n of the other.
     """
-    similarity = F.normalize(src.float(), dim=-1) @ F.normalize(tgt.float(), dim=-1).T
-    return (similarity.argmax(1) == torch.arange(len(src), device=src.device)).float().mean().item()
+    ids = torch.arange(len(src), device=src.device).expand(2, -1)
+    return retrieval(torch.stack([src, tgt]), ids)["cosine"][0, 1].item()
+
+
+def retrieval(states: torch.Tensor, ids: torch.Tensor, k: int = NEIGHBOURS) -> dict[str, torch.Tensor]:
+    """Every direction's top-1 accuracy by cosine and by margin, and MEXA: name -> [src languages, tgt languages].
+
+    `cosine`: the nearest row by cosine. It is what LASER calls margin `absolute`.
+    `margin_distance`, `margin_ratio`: of the k nearest rows by cosine, the one with the best margin. With a = cos(x, y)
+    and b = half the mean cosine of x to its k nearest in tgt plus half that of y to its k nearest in src, the margin
+    is a - b or a / b (Artetxe & Schwenk 2019, "Margin-based Parallel Corpus Mining", section 3.2; the candidates are
+    those of LASER's xsim).
+    `xsim`: 1 - margin_ratio, the error rate (LASER, "xSIM").
+    `mexa`: the share of sentences found by cosine in both directions: c_ii > max_j(c_ij, c_ji), j != i (Kargaran et al.
+    2024, "MEXA", section 3). The same for both directions.
+
+    Args: states [languages, sentences, hidden]; ids [languages, sentences], see above.
+    Returns: matrices, fp64 on the CPU, NaN on the diagonal.
+    """
+    languages, sentences, _ = states.shape
+    rows = _unit(states)
+    twins = [_twins(rows[a]) for a in range(languages)]
+    names = ("cosine", "margin_distance", "margin_ratio", "mexa")
+    scores = {name: torch.full((languages, languages), torch.nan, dtype=torch.float64) for name in names}
+    k = min(k, sentences)
+    step = max(_BLOCK // sentences**2, 1)
+    for a in range(languages):
+        for first in range(a + 1, languages, step):
+            block = slice(first, min(first + step, languages))
+            similarity = rows[a] @ rows[block].transpose(1, 2)  # [block, sentences of a, sentences of b]
+            there, back = similarity.topk(k, dim=2), similarity.topk(k, dim=1)
+            found = _found(there.values, there.indices, back.values, ids[a], ids[block])
+            found_back = _found(
+                back.values.transpose(1, 2),
+                back.indices.transpose(1, 2),
+                there.values.transpose(1, 2),
+                ids[block],
+                ids[a],
+            )
+            for position, b in enumerate(range(block.start, block.stop)):
+                clear = ~_ambiguous(twins[b], ids[b], ids[a])
+                clear_back = ~_ambiguous(twins[a], ids[a], ids[b])
+                for name in found:
+                    found[name][position] &= clear
+                    found_back[name][position] &= clear_back
+                    scores[name][a, b] = found[name][position].double().mean()
+                    scores[name][b, a] = found_back[name][position].double().mean()
+                both = found["cosine"][position] & found_back["cosine"][position]
+                scores["mexa"][a, b] = scores["mexa"][b, a] = both.double().mean()
+    return scores | {"xsim": 1 - scores["margin_ratio"]}
+
+
+def anisotropy(states: torch.Tensor) -> torch.Tensor:
+    """Mean cosine of sentences that do not translate each other, i != j (Ethayarajh 2019, section 4.1), per direction.
+
+    [languages, languages], fp64 on the CPU; the diagonal holds the mean within each language.
+    """
+    _, sentences, _ = states.shape
+    rows = _unit(states)
+    sums = rows.sum(1).double()
+    flat = rows.flatten(1)
+    unrelated = sums @ sums.T - (flat @ flat.T).double()
+    return (unrelated / (sentences * (sentences - 1))).cpu()
+
+
+def linear_cka(states: torch.Tensor) -> torch.Tensor:
+    """Linear CKA of every two languages: |X'Y|^2 / (|X'X| |Y'Y|), Frobenius norms of centred X, Y [sentences, hidden].
+
+    Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited", section 3. It is biased upwards
+    where there are fewer sentences than hidden dimensions. Computed by <XX', YY'> = |X'Y|^2 in blocks of rows, so that
+    every language's Gram matrix is made once.
+
+    Returns: [languages, languages], fp64 on the CPU.
+    """
+    languages, sentences, _ = states.shape
+    centred = states.float() - states.float().mean(1, keepdim=True)
+    centred = centred / centred.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None, None]  # CKA is free of scale; fp32 not
+    products = torch.zeros(languages, languages, dtype=torch.float64)
+    step = max(_BLOCK // (languages * sentences), 1)
+    for first in range(0, sentences, step):
+        grams = (centred[:, first : first + step] @ centred.transpose(1, 2)).flatten(1)
+        products += (grams @ grams.T).double().cpu()
+    norms = products.diagonal().sqrt()
+    return products / (norms[:, None] * norms)
+
+
+def separability(states: list[torch.Tensor]) -> torch.Tensor:
+    """How well the nearest centroid tells the language: the share of each language's sentences put right.
+
+    Centroids are of unit rows of one half of the sentences (even, odd), tried on the other half: a linear classifier,
+    as in Libovický et al. 2020, "On the Language Neutrality of Pre-trained Multilingual Representations", section 3.
+
+    Args: states: per language [its sentences, hidden].
+    Returns: [languages], fp64 on the CPU; 1 / languages is chance.
+    """
+    rows = [_unit(each) for each in states]
+    right = torch.zeros(len(rows), dtype=torch.float64)
+    for half in (0, 1):
+        centroids = torch.stack([each[half::2].mean(0) for each in rows])
+        for number, each in enumerate(rows):
+            # The largest x.c - |c|^2 / 2 is the smallest |x - c|.
+            nearness = each[1 - half :: 2] @ centroids.T - centroids.square().sum(1) / 2
+            right[number] += (nearness.argmax(1) == number).sum().item()
+    return right / torch.tensor([len(each) for each in rows])
+
+
+def _unit(rows: torch.Tensor) -> torch.Tensor:
+    return F.normalize(rows.float(), dim=-1)
+
+
+def _found(
+    near: torch.Tensor, index: torch.Tensor, near_back: torch.Tensor, src_ids: torch.Tensor, tgt_ids: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Per sentence of src, whether its best candidate is a right one, by cosine and by margin: name -> [block, n].
+
+    Args: near, index [block, n, k]: cosines and rows of the nearest of tgt; near_back [block, k, n]: cosines of each
+    row of tgt to its nearest of src; src_ids, tgt_ids [n] or [block, n].
+    """
+    block, n, k = near.shape
+    src_ids, tgt_ids = src_ids.expand(block, n), tgt_ids.expand(block, n)
+
+    def of_candidates(values: torch.Tensor) -> torch.Tensor:
+        return values.gather(1, index.reshape(block, n * k)).view(block, n, k)
+
+    right = (of_candidates(tgt_ids) == tgt_ids[..., None]) | (of_candidates(src_ids) == src_ids[..., None])
+    average = (near.mean(2)[..., None] + of_candidates(near_back.mean(1))) / 2
+    scores = {"cosine": near, "margin_distance": near - average, "margin_ratio": near / average}
+    return {
+        name: score.masked_fill(~right, -torch.inf).amax(2) > score.masked_fill(right, -torch.inf).amax(2)
+        for name, score in scores.items()
+    }
+
+
+def _twins(rows: torch.Tensor) -> torch.Tensor:
+    """[n]: one number for rows that are the same to the last bit, another for every other row."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(2**62, (rows.shape[1],), generator=generator).to(rows.device)
+    bits = (rows + 0.0).contiguous().view(torch.int32).long()  # + 0.0: both zeros have the same bits
+    return ((2 * factors + 1) * bits).sum(1)
+
+
+def _ambiguous(twins: torch.Tensor, tgt_ids: torch.Tensor, src_ids: torch.Tensor) -> torch.Tensor:
+    """[n]: whether a wrong row has the very state of row i. A product's rounding would break this tie at random."""
+    _, group, counts = twins.unique(return_inverse=True, return_counts=True)
+    several = (counts[group] > 1).nonzero().squeeze(1)
+    ambiguous = torch.zeros_like(twins, dtype=torch.bool)
+    right = (tgt_ids[several, None] == tgt_ids) | (src_ids[several, None] == src_ids)
+    ambiguous[several] = ((group[several, None] == group) & ~right).any(1)
+    return ambiguous

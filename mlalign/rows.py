@@ -20,7 +20,7 @@ def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
 
     Raises UserError for a missing file, broken JSON, or a hub dataset that cannot be had.
     """
-    if not _is_local(source.path):
+    if not is_local(source.path):
         yield from _read_with_datasets(source.path, source.subset, split=source.split)
         return
     if source.subset or source.split != "train":
@@ -40,7 +40,8 @@ def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
             raise UserError(f"{path} must end in {', '.join(_SUFFIXES)}")
 
 
-def _is_local(path: str) -> bool:
+def is_local(path: str) -> bool:
+    """Whether a source is meant as a file, a glob or a directory, and not as a hub id."""
     return os.path.exists(path) or glob.has_magic(path) or path.startswith(("/", ".")) or Path(path).suffix in _SUFFIXES
 
 

@@ -23,13 +23,7 @@ def open_run(config: Config, run_dir: Path) -> None:
     with distributed.on_main():
         if not distributed.is_main():
             return
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            probe = run_dir / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"run_dir {run_dir} cannot be written: {error.strerror}") from error
+        make_writable(run_dir, "run_dir")
         path = run_dir / "config.yaml"
         started = (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists()
         if path.exists() and started:
@@ -44,6 +38,17 @@ def open_run(config: Config, run_dir: Path) -> None:
             (run_dir / "environment.txt").unlink(missing_ok=True)
         with (run_dir / "environment.txt").open("a") as file:
             file.write(_environment())
+
+
+def make_writable(folder: Path, name: str) -> None:
+    """Make a directory, or check that files can be written into it; `name` is what the user calls it. For rank 0."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / ".writable"
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise UserError(f"{name} {folder} cannot be written: {error.strerror}") from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # several ranks on any machine, in fp32
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network, and none should wait for it
 torch.set_num_threads(1)  # the tests' own process beside up to four ranks on two cores
 
 TEXT = [
@@ -54,15 +57,20 @@ class RankPool:
         """`function(*args)` on all ranks at once; their results in rank order. Raises what any of them raised."""
         for pipe in self._pipes:
             pipe.send((function, args))
-        results = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(timeout):
-                raise self._fail(f"rank {rank} did not answer within {timeout} s")
-            ok, value = pipe.recv()
-            if not ok:
-                raise self._fail(f"rank {rank} failed:\n{value}")
-            results.append(value)
-        return results
+        results: dict[int, Any] = {}
+        end = time.monotonic() + timeout
+        while len(results) < len(self._pipes):
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
+            ready = multiprocessing.connection.wait(waiting, max(0, end - time.monotonic()))
+            if not ready:
+                missing = [rank for rank in range(len(self._pipes)) if rank not in results]
+                raise self._fail(f"ranks {missing} did not answer within {timeout} s")
+            for pipe in ready:
+                rank = self._pipes.index(pipe)
+                ok, results[rank] = pipe.recv()
+                if not ok:  # at once: the others may wait for this one for ever
+                    raise self._fail(f"rank {rank} failed:\n{results[rank]}")
+        return [results[rank] for rank in range(len(self._pipes))]
 
     def _fail(self, message: str) -> AssertionError:
         self.close()

@@ -9,11 +9,10 @@ from conftest import write_jsonl
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from mlalign import demo_data, retrieval
+from mlalign import demo_data
 from mlalign.commands.evaluate import evaluate
 from mlalign.commands.inspect import inspect
 from mlalign.commands.prepare import prepare_massive
-from mlalign.commands.probe import probe
 from mlalign.config import load
 from mlalign.errors import UserError
 from mlalign.tasks import slot_filling
@@ -67,49 +66,6 @@ def test_evaluate_says_what_is_wrong(tmp_path, tiny_model):
     with pytest.raises(UserError, match=r"adapter .* cannot be loaded"):
         rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b", "lang": "en"}])
         evaluate(str(tiny_model), [str(rows)], tmp_path / "out", str(tmp_path), "slot_filling", 4, 6, None)
-
-
-def test_retrieval_accuracy_by_hand():
-    src = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    tgt = torch.tensor([[2.0, 0.1], [0.1, 3.0], [5.0, 0.0]])  # the third is nearest to the first
-    assert retrieval.accuracy(src, tgt) == pytest.approx(1 / 3)
-    assert retrieval.accuracy(src, src) == 1
-
-
-def test_probe_equals_hidden_states_one_sentence_at_a_time(tmp_path, tiny_model, tokenizer):
-    texts = {
-        "en": ["wake me up", "play a song now please", "paris"],
-        "de": ["weck mich", "spiel ein lied", "wetter in paris"],
-    }
-    for language, sentences in texts.items():
-        write_jsonl(tmp_path / f"{language}.jsonl", [{"text": text} for text in sentences])
-    found = probe(str(tiny_model), tmp_path, tmp_path / "out", None, 2, None)
-    lm = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-
-    def states(text: str) -> list[torch.Tensor]:
-        ids = torch.tensor([[1, *tokenizer.encode(text, add_special_tokens=False)]])
-        return [layer[0].mean(0) for layer in lm(input_ids=ids, output_hidden_states=True).hidden_states]
-
-    every = {language: [states(text) for text in sentences] for language, sentences in texts.items()}
-    for layer in range(4):  # the last of hidden_states is behind the final norm, the probe is before it
-        for src, tgt in (("en", "de"), ("de", "en")):
-            hits = 0
-            for i in range(3):
-                cosines = [torch.cosine_similarity(every[src][i][layer], row[layer], dim=0) for row in every[tgt]]
-                hits += max(range(3), key=lambda j, cosines=cosines: float(cosines[j])) == i
-            assert found["directions"][layer][src][tgt] == pytest.approx(hits / 3)
-
-
-def test_probe_says_what_is_wrong(tmp_path, tiny_model):
-    write_jsonl(tmp_path / "en.jsonl", [{"text": "a"}, {"text": "b"}])
-    with pytest.raises(UserError, match=r"holds 1 \.jsonl files"):
-        probe(str(tiny_model), tmp_path, tmp_path / "out", None, 2, None)
-    write_jsonl(tmp_path / "de.jsonl", [{"text": "a"}])
-    with pytest.raises(UserError, match=r"en.jsonl has 2 sentences, but de.jsonl has 1"):
-        probe(str(tiny_model), tmp_path, tmp_path / "out", None, 2, None)
-    write_jsonl(tmp_path / "de.jsonl", [{"text": "a"}, {"text": " "}])
-    with pytest.raises(UserError, match=r"de.jsonl:2: no text in field 'text'"):
-        probe(str(tiny_model), tmp_path, tmp_path / "out", None, 2, None)
 
 
 def test_prepare_reads_the_published_form_of_massive(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,18 +87,22 @@ def test_prepared_answers_are_the_published_slots():
             assert _convert(row, f"{locale}:{number}")[2] == with_slots
 
 
-def test_a_probe_of_flores_is_nearly_chance_for_a_random_model_and_exact_for_copies(tmp_path, tiny_model):
+def test_a_probe_of_flores_under_a_launcher(tmp_path, tiny_model):
+    """All 34 languages, 1,122 directions; copies of a language find each other, a random model finds little else."""
     folder = tmp_path / "flores"
     folder.mkdir()
-    for language in ("deu_Latn", "eng_Latn"):
-        lines = (DATA / "flores200_devtest" / f"{language}.jsonl").read_text().splitlines()[:20]
-        write_jsonl(folder / f"{language}.jsonl", [json.loads(line) for line in lines])
-    write_jsonl(folder / "copy.jsonl", [json.loads(line) for line in lines])
-    run(BIN / "mlalign", "probe", tiny_model, "--data", folder, "--output", tmp_path / "probe", "--batch-size", 7)
+    for path in (DATA / "flores200_devtest").glob("*.jsonl"):
+        rows = [json.loads(line) | {"text": json.loads(line)["text"][:80]} for line in path.read_text().splitlines()]
+        write_jsonl(folder / path.name, rows[:20])
+    shutil.copy(folder / "eng_Latn.jsonl", folder / "copy.jsonl")
+    out = run(ROOT / "launch/torchrun.sh", "probe", tiny_model, "--data", folder, "--output", tmp_path / "probe")
+    assert "35 languages, 1,190 directions, 700 sentences, 5 layers, 2 ranks" in out
     probe = json.loads((tmp_path / "probe" / "probe.json").read_text())
-    assert probe["languages"] == ["copy", "deu_Latn", "eng_Latn"]
-    assert len(probe["accuracy"]) == 5
-    for layer in probe["directions"]:
-        assert layer["copy"]["eng_Latn"] == layer["eng_Latn"]["copy"] == 1
-        assert layer["deu_Latn"]["eng_Latn"] < 1
-    assert (tmp_path / "probe" / "layers.png").stat().st_size > 1000
+    assert len(probe["groups"]["low-resource"]) == 9
+    assert len(probe["groups"]["high-resource"]) == 25
+    copy, english, german = (probe["languages"].index(code) for code in ("copy", "eng_Latn", "deu_Latn"))
+    for layer in range(5):
+        accuracy = probe["models"]["model"]["mean"]["directions"]["margin_ratio"][layer]
+        assert accuracy[copy][english] == accuracy[english][copy] == 1
+        assert accuracy[german][english] < 1
+    assert (tmp_path / "probe" / "directions.png").stat().st_size > 1000

@@ -9,16 +9,17 @@ PACKAGE = Path(__file__).parent.parent / "mlalign"
 
 #: Every module of a row may import from the rows above it and not from its own.
 LAYERS = [
-    {"errors", "loss", "pooling", "retrieval", "plots", "demo_data", "demo_base"},
+    {"errors", "loss", "pooling", "retrieval", "plots", "languages", "demo_data", "demo_base"},
     {"config", "distributed", "tasks.slot_filling"},
     {"tracker", "rundir", "schedule", "rows", "tasks"},
     {"data", "sampler", "model", "checkpoint"},
-    {"objectives", "dataset"},
-    {"evaluation"},
+    {"objectives", "dataset", "parallel"},
+    {"evaluation", "states", "probe_report"},
+    {"probe_show"},
     {f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("[!_]*.py")},
     {"__main__"},
 ]
-PURE = {"loss", "pooling", "retrieval"}
+PURE = {"loss", "pooling", "retrieval", "languages"}
 
 
 def modules() -> dict[str, Path]:

@@ -19,7 +19,7 @@ from rich.table import Table
 from mlalign import demo_data
 from mlalign.demo_base import LAYERS, train_base
 from mlalign.errors import UserError
-from mlalign.plots import plot_languages, plot_layers
+from mlalign.plots import plot_scores
 from mlalign.tracker import console, say
 
 RUNS = ("task_only", "aligned")
@@ -66,7 +66,6 @@ def demo(folder: Path, seed: int) -> dict:
 
     _title("1/4  A base model: seven languages, no labels")
     _train_base(data.text, folder / "base", seed)
-    _mlalign("probe", folder / "base", "--data", folder / "data/parallel", "--output", folder / "probe_before")
 
     for number, name in enumerate(RUNS, 2):
         aligned = name == "aligned"
@@ -101,7 +100,18 @@ def demo(folder: Path, seed: int) -> dict:
             "--max-new-tokens",
             24,
         )
-    _mlalign("probe", folder / "aligned/model", "--data", folder / "data/parallel", "--output", folder / "probe_after")
+    _mlalign(
+        "probe",
+        folder / "base",
+        "--compare",
+        folder / "aligned",
+        "--data",
+        folder / "data/parallel",
+        "--output",
+        folder / "probe",
+        "--report",
+        folder / "task_only/evaluation",
+    )
     report = _report(folder, seconds=time.monotonic() - start, seed=seed)
     _show(report, folder)
     return report
@@ -175,29 +185,27 @@ def _run(command: list[object], threads: int) -> None:
 def _report(folder: Path, seconds: float, seed: int) -> dict:
     scores = {name: json.loads((folder / name / "evaluation/report.json").read_text())["f1"] for name in RUNS}
     f1 = {name: {language: scores[name][language] for language in demo_data.LANGUAGES} for name in RUNS}
-    probes = {when: json.loads((folder / f"probe_{when}/probe.json").read_text()) for when in ("before", "after")}
+    probe = json.loads((folder / "probe/probe.json").read_text())
+    languages, measured = probe["languages"], {when: each["mean"] for when, each in probe["models"].items()}
     report = {
         "f1": f1,
-        "retrieval": {when: _with_pivot(probe["directions"][LAYER]) for when, probe in probes.items()},
-        "retrieval_all_directions": {when: probe["accuracy"][LAYER] for when, probe in probes.items()},
+        "retrieval": {
+            when: _with_pivot(each["directions"]["cosine"][LAYER], languages) for when, each in measured.items()
+        },
+        "retrieval_all_directions": {when: each["mean"]["cosine"][LAYER] for when, each in measured.items()},
         "layer": LAYER,
         "seed": seed,
         "seconds": round(seconds, 1),
     }
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot_layers(
-        {"before": probes["before"]["accuracy"], "after alignment": probes["after"]["accuracy"]},
-        folder / "retrieval.png",
-        marked=LAYER,
-    )
-    plot_languages({"task only": f1["task_only"], "with alignment": f1["aligned"]}, folder / "f1.png", metric="F1")
+    plot_scores({"task only": f1["task_only"], "with alignment": f1["aligned"]}, folder / "f1.png", metric="F1")
     return report
 
 
-def _with_pivot(directions: dict[str, dict[str, float]]) -> float:
+def _with_pivot(directions: list[list[float | None]], languages: list[str]) -> float:
     """Mean retrieval accuracy over languages, to English and back: the directions that bitext was there for."""
-    pivot = demo_data.PIVOT
-    others = [language for language in directions if language != pivot]
+    pivot = languages.index(demo_data.PIVOT)
+    others = [number for number in range(len(languages)) if number != pivot]
     return sum(directions[o][pivot] + directions[pivot][o] for o in others) / (2 * len(others))
 
 
@@ -210,7 +218,7 @@ def _show(report: dict, folder: Path) -> None:
     console.print(table)
     before, after = report["retrieval"]["before"], report["retrieval"]["after"]
     say(f"retrieval at layer {LAYER}, to English and back: {before:.2f} before, {after:.2f} after")
-    say(f"pictures: {folder / 'retrieval.png'} and {folder / 'f1.png'}; numbers: {folder / 'report.json'}")
+    say(f"pictures: {folder / 'f1.png'} and {folder / 'probe'}/*.png; numbers: {folder / 'report.json'}")
     say(f"curves: tensorboard --logdir {folder}")
     say(f"took {report['seconds'] / 60:.1f} minutes")
 

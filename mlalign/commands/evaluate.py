@@ -40,7 +40,7 @@ def evaluate(
         distributed.init()
     tokenizer = load_tokenizer(Model(path=model))
     rows = _read(test, tokenizer, max_rows)
-    lm = load_for_inference(model, adapter)
+    lm = load_for_inference(Model(path=model), adapter)
     answers = _generate(lm, tokenizer, [row["prompt_ids"] for row in rows], batch_size, max_new_tokens)
     report: dict[str, dict[str, float]] = {"rows": {}}
     for language in sorted({row["lang"] for row in rows}):

@@ -1,127 +1,331 @@
-"""`mlalign probe MODEL --data DIR --output DIR`: at which layer do translations find each other?
+"""`mlalign probe MODEL --data DATA --output DIR`: at which layer do the languages of a model meet?
 
-DIR holds one `<language>.jsonl` per language with a `text` field, line n of every file being the same sentence. Each
-sentence passes the model once; the mean-pooled states after every decoder block give the top-1 retrieval accuracy over
-all N(N-1) directions. Writes `probe.json` and `layers.png`.
+DATA is a directory with one file per language (line n, or `id` x, being the same sentence in all of them), a hub id of
+such a dataset, or bitext rows against one pivot language: see `parallel`. Every sentence passes the model once; every
+layer is measured over all directions: see `retrieval`. Run it again after an interruption and it goes on; under a
+launcher the ranks share the work, and `--deepspeed ds_configs/zero3.json` shards a model that no GPU can hold.
+
+probe.json       what was measured, see `_result`            states/       states of every layer, while they are needed
+layers.png       every measure by layer                      tensorboard/  the same curves and pictures
+languages.png    accuracy of each language at each layer     transfer.png  accuracy against a task's score
+directions.png   accuracy of each direction at the layer to align
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
+import numpy as np
 
-from mlalign import pooling, retrieval
-from mlalign.config import Model, Source
-from mlalign.data import collate_ids, encode_text, pad_id
-from mlalign.distributed import device, launched
+from mlalign import __version__, distributed
+from mlalign.config import Model
 from mlalign.errors import UserError
-from mlalign.model import decoder_parts, load_for_inference, load_tokenizer
-from mlalign.plots import plot_layers
-from mlalign.rows import read_rows
+from mlalign.model import load_model_config
+from mlalign.parallel import Parallel, read_parallel
+from mlalign.pooling import POOLERS
+from mlalign.probe_report import (
+    DIRECTED,
+    EVERY,
+    MEASURES,
+    Curves,
+    correlate,
+    language_groups,
+    measure_layer,
+    recommend,
+)
+from mlalign.probe_show import draw, log, show
+from mlalign.rundir import make_writable, write_whole
+from mlalign.states import Encoder, encode, load_layer, state_files
 from mlalign.tracker import say
 
 
-def probe(
-    model: str, data: Path, output: Path, adapter: str | None, batch_size: int, max_sentences: int | None
-) -> dict:
-    """Measure every layer. Returns what `probe.json` holds: `languages`, `sentences`, `accuracy`, `directions`.
+@dataclass(frozen=True)
+class Settings:
+    """What to probe, and how: the options of the command."""
 
-    `accuracy[k]` is the mean over directions at layer k (0 = embeddings, k = output of block k, before any final norm);
-    `directions[k][src][tgt]` is one direction.
-    """
-    if launched():
-        raise UserError("probe runs as one process: start it without a launcher")
-    tokenizer = load_tokenizer(Model(path=model))
-    sentences = _read(data, max_sentences)
-    lm = load_for_inference(model, adapter)
-    states = {}
-    for language, texts in sentences.items():
-        states[language] = _encode(lm, [encode_text(text, tokenizer) for text in texts], batch_size, pad_id(tokenizer))
-        say(f"encoded {language}")
-    directions = [
-        {
-            src: {tgt: retrieval.accuracy(a[layer], b[layer]) for tgt, b in states.items() if tgt != src}
-            for src, a in states.items()
-        }
-        for layer in range(len(next(iter(states.values()))))
-    ]
-    accuracy = [_mean([score for row in layer.values() for score in row.values()]) for layer in directions]
-    count = len(next(iter(sentences.values())))
-    result = {"languages": list(states), "sentences": count, "accuracy": accuracy, "directions": directions}
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "probe.json").write_text(json.dumps(result, indent=2) + "\n")
-        plot_layers({"retrieval": accuracy}, output / "layers.png")
-    except OSError as error:
-        raise UserError(f"output {output} cannot be written: {error.strerror}") from error
-    for layer, score in enumerate(accuracy):
-        say(f"layer {layer:2d}  retrieval accuracy {score:.3f}")
+    model: str
+    data: str
+    output: Path
+    adapter: str | None = None
+    compare: str | None = None
+    languages: list[str] | None = None
+    max_sentences: int | None = None
+    layers: str | None = None
+    pooling: tuple[str, ...] = ("mean",)
+    pool_bos: bool = True
+    precision: str = "auto"
+    batch_size: int = 32
+    split: str | None = None
+    deepspeed: str | None = None
+    keep_states: bool = False
+    reports: tuple[Path, ...] = ()
+    metric: str | None = None
+
+
+def probe(settings: Settings) -> dict:
+    """Measure, write and show everything; returns what `probe.json` holds, on every rank."""
+    if distributed.launched():
+        distributed.init()
+    start = time.monotonic()
+    reports = {str(path): _read_report(path, settings.metric) for path in settings.reports}
+    with distributed.on_main():
+        if distributed.is_main():
+            make_writable(settings.output, "output")
+    encoders = _encoders(settings)
+    parallel = read_parallel(settings.data, settings.languages, settings.max_sentences, settings.split)
+    folder = settings.output / "states"
+    files = {name: state_files(encoder, parallel, folder) for name, encoder in encoders.items()}
+    fingerprint = _fingerprint(parallel, files)
+    result = distributed.broadcast_object(_finished(settings.output, fingerprint))
+    if result is None:
+        say(_describe(parallel, encoders))
+        cut = {}
+        for name, encoder in encoders.items():
+            cut[name] = encode(encoder, parallel, files[name], settings.batch_size, settings.deepspeed)
+        encoded = time.monotonic()
+        distributed.barrier()  # the files are whole before any rank reads them
+        measured = _measure(parallel, encoders, files)
+        result = _result(settings, parallel, encoders, measured, fingerprint)
+        say(f"encoding took {encoded - start:.1f} s, scoring {time.monotonic() - encoded:.1f} s")
+    else:
+        say(f"{settings.output / 'probe.json'} holds this very probe: nothing is measured again")
+    curves = _curves(result)
+    result["correlation"] = _correlation(next(iter(curves.values())), reports, parallel)
+    if distributed.is_main():
+        try:
+            write_whole(settings.output / "probe.json", json.dumps(_finite(result)) + "\n")
+            draw(result, curves, reports, settings.output)
+            log(result, curves, settings.output)
+            if not settings.keep_states:
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError as error:
+            raise UserError(f"output {settings.output} cannot be written: {error.strerror or error}") from error
+        show(result, curves, settings.output)
     return result
 
 
-def _read(folder: Path, limit: int | None) -> dict[str, list[str]]:
-    """language -> sentences, the same number for all."""
-    paths = sorted(folder.glob("*.jsonl"))
-    if len(paths) < 2:
-        raise UserError(f"{folder} holds {len(paths)} .jsonl files: a probe needs one per language, two at least")
-    sentences: dict[str, list[str]] = {}
-    for path in paths:
-        rows = list(read_rows(Source(path=str(path))))
-        for where, row in rows:
-            if not isinstance(row.get("text"), str) or not row["text"].strip():
-                raise UserError(f"{where}: no text in field 'text'")
-        sentences[path.stem] = [row["text"] for _, row in rows][:limit]
-    first, *others = sentences
-    for language in others:
-        if len(sentences[language]) != len(sentences[first]):
-            raise UserError(
-                f"{folder / language}.jsonl has {len(sentences[language])} sentences, but {first}.jsonl has "
-                f"{len(sentences[first])}: line n must be the same sentence in every file"
-            )
-    if len(sentences[first]) < 2:
-        raise UserError(f"{folder}: a probe needs at least two sentences")
-    return sentences
+# ------------------------------------------------------------------------------------------------------------- input
 
 
-@torch.inference_mode()
-def _encode(lm: nn.Module, rows: list[list[int]], batch_size: int, pad: int) -> torch.Tensor:
-    """Mean-pooled states of every layer, [layers + 1, rows, hidden], fp32 on the CPU; nothing is kept per token."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    parts = []
-    for start in range(0, len(order), batch_size):
-        batch = collate_ids([rows[i] for i in order[start : start + batch_size]], pad)
-        batch = {name: tensor.to(device()) for name, tensor in batch.items()}
-        with _pooled_states(lm, batch["attention_mask"]) as pooled:
-            lm.get_decoder()(**batch, use_cache=False)
-        parts.append(torch.stack(pooled))
-    states = torch.cat(parts, dim=1)
-    return states[:, torch.tensor(order).argsort()]
+def _encoders(settings: Settings) -> dict[str, Encoder]:
+    """`model`, or `before` and `after` where two are compared."""
+    depth = load_model_config(Model(path=settings.model)).get_text_config().num_hidden_layers
+    unknown = [name for name in settings.pooling if name not in POOLERS]
+    if unknown:
+        raise UserError(f"pooling {unknown[0]} is none of {', '.join(POOLERS)}")
+    layers = tuple(_layers(settings.layers, depth))
+    how = {
+        "layers": layers,
+        "poolings": settings.pooling,
+        "pool_bos": settings.pool_bos,
+        "precision": settings.precision,
+    }
+    first = Encoder(settings.model, settings.adapter, **how)
+    if settings.compare is None:
+        return {"model": first}
+    path, adapter = _weights(settings.compare, settings.model)
+    other = load_model_config(Model(path=path)).get_text_config().num_hidden_layers
+    if other != depth:
+        raise UserError(f"compare {settings.compare} has {other} layers, but {settings.model} has {depth}")
+    return {"before": first, "after": Encoder(path, adapter, **how)}
 
 
-@contextmanager
-def _pooled_states(lm: nn.Module, mask: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """While open, a forward pass of the decoder appends the pooled input of block 0 and output of every block."""
-    decoder, stack, _ = decoder_parts(lm)
-    blocks = getattr(decoder, stack)
-    pooled: list[torch.Tensor] = []
+def _layers(text: str | None, depth: int) -> list[int]:
+    """`0-8,16` -> [0, 1, ..., 8, 16]; None -> all."""
+    if text is None:
+        return list(range(depth + 1))
+    found = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UserError(f"layers {text!r} must be numbers and ranges, such as 0-8,16")
+        found |= set(range(int(first), int(last or first) + 1))
+    if not found:
+        raise UserError(f"layers {text!r} holds no layer")
+    if max(found) > depth:
+        raise UserError(f"layers {text}: {max(found)} is out of range, the model has layers 0 to {depth}")
+    return sorted(found)
 
-    def before(_block, args, kwargs) -> None:
-        pooled.append(pooling.mean(args[0] if args else kwargs["hidden_states"], mask).cpu())
 
-    def after(_block, _args, output) -> None:
-        pooled.append(pooling.mean(output[0] if isinstance(output, tuple) else output, mask).cpu())
+def _weights(path: str, base: str) -> tuple[str, str | None]:
+    """What `--compare` names: an adapter of the model, another model, or a run of `mlalign train`."""
+    if not Path(path).is_dir():
+        if path.startswith(("/", ".")):
+            raise UserError(f"compare {path} is no directory")
+        return path, None
+    for folder in (Path(path), Path(path) / "adapter", Path(path) / "model"):
+        if (folder / "adapter_config.json").exists():
+            return base, str(folder)
+        if (folder / "config.json").exists():
+            return str(folder), None
+    raise UserError(
+        f"compare {path} holds no adapter_config.json and no config.json: name an adapter, a model or a run"
+    )
 
-    hooks = [blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
-    hooks += [block.register_forward_hook(after) for block in blocks]
+
+def _read_report(path: Path, metric: str | None) -> tuple[str, dict[str, float]]:
+    """(metric, language -> score) of what `mlalign evaluate` wrote: {metric: {language: score}}."""
+    path = path if path.suffix == ".json" else path / "report.json"
     try:
-        yield pooled
-    finally:
-        for hook in hooks:
-            hook.remove()
+        report = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"report {path} cannot be read: {error}") from error
+    metrics = {
+        name: {language: value for language, value in scores.items() if isinstance(value, int | float)}
+        for name, scores in (report.items() if isinstance(report, dict) else [])
+        if isinstance(scores, dict) and name != "rows"
+    }
+    if metric is None and metrics:
+        metric = next(iter(metrics))
+    if metric not in metrics:
+        raise UserError(f"report {path} has no metric {metric}, but {', '.join(metrics) or 'none at all'}")
+    return metric, metrics[metric]
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _fingerprint(parallel: Parallel, files: dict[str, dict[str, Path]]) -> str:
+    names = sorted(path.name for each in files.values() for path in each.values())
+    return hashlib.blake2b(json.dumps([names, list(files), parallel.tables]).encode(), digest_size=8).hexdigest()
+
+
+def _finished(output: Path, fingerprint: str) -> dict | None:
+    """An earlier result of the same models, settings and sentences."""
+    try:
+        result = json.loads((output / "probe.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and result.get("fingerprint") == fingerprint else None
+
+
+# --------------------------------------------------------------------------------------------------------- measuring
+
+
+def _measure(
+    parallel: Parallel, encoders: dict[str, Encoder], files: dict[str, dict[str, Path]]
+) -> dict[tuple[str, str, int], dict[str, np.ndarray]]:
+    """(model, pooling, layer) -> measures; the ranks take turns."""
+    work = [
+        (name, pooling, number, layer)
+        for name, encoder in encoders.items()
+        for number, pooling in enumerate(encoder.poolings)
+        for layer in range(len(encoder.layers))
+    ]
+    own = {}
+    for name, pooling, number, layer in work[distributed.rank() :: distributed.world_size()]:
+
+        def load(language: str, paths=files[name], number=number, layer=layer):
+            return load_layer(paths[language], number, layer)
+
+        own[name, pooling, encoders[name].layers[layer]] = measure_layer(parallel, load, distributed.device())
+    return {key: value for part in distributed.gather_objects(own) for key, value in part.items()}
+
+
+def _result(
+    settings: Settings,
+    parallel: Parallel,
+    encoders: dict[str, Encoder],
+    measured: dict[tuple[str, str, int], dict[str, np.ndarray]],
+    fingerprint: str,
+) -> dict:
+    """What `probe.json` holds; lists by layer are in the order of `layers`, matrices [src][tgt] in that of `languages`.
+
+    mlalign, settings, fingerprint   what was run
+    languages, groups                codes, and group -> codes
+    tables                           [{languages, sentences}]: one, or one per language pair of bitext
+    depth, layers                    of the model; those measured
+    recommendation                   {layer, accuracy, reason}, of the first model and pooling
+    models                           model ("model", or "before" and "after") -> pooling -> {
+        mean                             measure -> [layer]: over all directions
+        groups                           group -> measure -> [layer]: over its languages' directions from and to them
+        by_language                      measure -> [layer][language]
+        directions                       measure -> [layer][src][tgt], null on the diagonal}
+    correlation                      report -> {metric, languages, and by layer pearson, pearson_p, spearman, ...}
+    """
+    first = next(iter(encoders.values()))
+    layers = list(first.layers)
+    models: dict[str, dict] = {}
+    for name, encoder in encoders.items():
+        for pooling in encoder.poolings:
+            each = [measured[name, pooling, layer] for layer in layers]
+            directions = {measure: np.stack([layer[measure] for layer in each]).round(6) for measure in DIRECTED}
+            separability = np.stack([layer["separability"] for layer in each]).round(6)
+            curves = Curves(parallel.languages, directions, separability)
+            models.setdefault(name, {})[pooling] = _summary(curves)
+    depth = load_model_config(Model(path=settings.model)).get_text_config().num_hidden_layers
+    result = {
+        "mlalign": __version__,
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
+        "fingerprint": fingerprint,
+        "languages": parallel.languages,
+        "groups": language_groups(parallel.languages),
+        "tables": [
+            {"languages": sorted(table), "sentences": len(next(iter(table.values())))} for table in parallel.tables
+        ],
+        "depth": depth,
+        "layers": layers,
+        "models": models,
+    }
+    result["settings"].pop("reports")
+    result["settings"].pop("metric")
+    tables = [table["sentences"] for table in result["tables"]]
+    result["recommendation"] = recommend(next(iter(_curves(result).values())), layers, depth, tables)
+    return result
+
+
+def _summary(curves: Curves) -> dict:
+    groups = language_groups(curves.languages)
+    return {
+        "mean": {measure: curves.mean(measure).tolist() for measure in MEASURES},
+        "groups": {
+            group: {measure: curves.mean(measure, members).tolist() for measure in MEASURES}
+            for group, members in groups.items()
+            if group != EVERY
+        },
+        "by_language": {measure: curves.by_language(measure).tolist() for measure in MEASURES},
+        "directions": {measure: values.tolist() for measure, values in curves.directions.items()},
+    }
+
+
+def _curves(result: dict) -> dict[str, Curves]:
+    """Name of model, and of pooling where there are several -> what was measured; null is NaN."""
+    curves = {}
+    for name, poolings in result["models"].items():
+        for pooling, values in poolings.items():
+            label = f"{name}, {pooling}" if len(poolings) > 1 else name
+            directions = {measure: np.array(each, dtype=float) for measure, each in values["directions"].items()}
+            separability = np.array(values["by_language"]["separability"], dtype=float)
+            curves[label] = Curves(result["languages"], directions, separability)
+    return curves
+
+
+def _correlation(curves: Curves, reports: dict[str, tuple[str, dict[str, float]]], parallel: Parallel) -> dict:
+    found = {}
+    for name, (metric, scores) in reports.items():
+        found[name] = {"metric": metric} | correlate(curves, scores)
+        if len(found[name]["languages"]) < 3:
+            raise UserError(
+                f"report {name} shares {len(found[name]['languages'])} languages with the probe, but a correlation "
+                f"needs 3: it has {', '.join(scores)}, the probe {', '.join(parallel.languages)}"
+            )
+    return found
+
+
+def _finite(value):
+    """NaN as null, which JSON has."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _describe(parallel: Parallel, encoders: dict[str, Encoder]) -> str:
+    sentences = sum(len(texts) for texts in parallel.texts.values())
+    layers = len(next(iter(encoders.values())).layers)
+    return (
+        f"{len(parallel.languages)} languages, {parallel.directions:,} directions, {sentences:,} sentences, "
+        f"{layers} layers, {distributed.world_size()} ranks"
+    )

@@ -1,0 +1,166 @@
+"""From layers of states to what a probe says: measures, means over groups, the layer to align, correlation.
+
+Everything here is plain numbers; `commands/probe.py` reads and writes, `retrieval.py` holds the measures themselves.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+
+from mlalign import retrieval
+from mlalign.languages import groups, language_of, script_of
+from mlalign.parallel import Parallel
+
+#: Measured for every direction; `separability` is measured for every language.
+DIRECTED = ("cosine", "margin_distance", "margin_ratio", "xsim", "mexa", "cka", "anisotropy")
+MEASURES = (*DIRECTED, "separability")
+DECISIVE = "margin_ratio"  #: what the paper draws and the recommendation goes by
+EVERY = "all"  #: the group of all languages
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What was measured of one model with one pooling, layer by layer."""
+
+    languages: list[str]
+    directions: dict[str, np.ndarray]  #: measure -> [layers, src, tgt]; NaN where nothing was measured
+    separability: np.ndarray  #: [layers, languages]
+
+    def by_language(self, measure: str) -> np.ndarray:
+        """[layers, languages]: the mean over the directions from and to a language."""
+        if measure == "separability":
+            return self.separability
+        values = _without_diagonal(self.directions[measure])
+        return _mean(np.concatenate([values, values.transpose(0, 2, 1)], axis=2), axis=2)
+
+    def mean(self, measure: str, members: list[str] | None = None) -> np.ndarray:
+        """[layers]: the mean over all directions, or over the languages of a group."""
+        if members is None and measure != "separability":
+            return _mean(_without_diagonal(self.directions[measure]), axis=(1, 2))
+        index = [self.languages.index(language) for language in members or self.languages]
+        return _mean(self.by_language(measure)[:, index], axis=1)
+
+
+def measure_layer(
+    parallel: Parallel, load: Callable[[str], torch.Tensor], device: torch.device
+) -> dict[str, np.ndarray]:
+    """All measures of one layer: name -> [languages, languages], NaN where `parallel` has no such direction.
+
+    `anisotropy` has a diagonal, the mean within each language; `separability` is [languages].
+    Args: load: language -> the layer's states [distinct sentences, hidden].
+    """
+    languages = parallel.languages
+    states = {language: load(language).to(device) for language in languages}
+    shape = (len(languages), len(languages))
+    sums = {name: np.zeros(shape) for name in DIRECTED}
+    counts = {name: np.zeros(shape) for name in DIRECTED}
+    for table in parallel.tables:
+        ids = torch.tensor([table[language] for language in sorted(table)], device=device)
+        rows = torch.stack([states[language][ids[number]] for number, language in enumerate(sorted(table))])
+        place = np.ix_(*[[languages.index(language) for language in sorted(table)]] * 2)
+        measured = retrieval.retrieval(rows, ids)
+        measured |= {"cka": retrieval.linear_cka(rows), "anisotropy": retrieval.anisotropy(rows)}
+        for name, values in measured.items():
+            known = ~np.isnan(values.numpy())
+            sums[name][place] += np.where(known, values.numpy(), 0)
+            counts[name][place] += known
+    with np.errstate(invalid="ignore"):
+        means = {name: sums[name] / counts[name] for name in DIRECTED}  # 0 / 0, NaN, where nothing was measured
+    return means | {"separability": retrieval.separability([states[language] for language in languages]).numpy()}
+
+
+def language_groups(languages: list[str]) -> dict[str, list[str]]:
+    """`all`, then those of `languages.groups` that are not all languages again."""
+    parts = groups(languages)
+    return {EVERY: languages} | {name: part for name, part in parts.items() if len(part) < len(languages)}
+
+
+def recommend(curves: Curves, layers: list[int], depth: int, tables: list[int]) -> dict:
+    """The layer to align, its accuracy, and why: the lowest one within a standard error of the best.
+
+    That is the one-standard-error rule (Breiman et al. 1984, "Classification and Regression Trees", section 3.4.3): of
+    what cannot be told apart, the cheapest. Where nothing is better than chance, it is the layer nearest to half depth.
+
+    Args: tables: per table of parallel sentences, how many it has.
+    """
+    accuracy, told = curves.mean(DECISIVE), curves.mean("separability")
+    usable = [i for i, layer in enumerate(layers) if layer >= 1] or [0]
+    best = max(usable, key=lambda i: accuracy[i])
+    chance = 1 / min(tables)
+    # Directions share their sentences, so a language's sentences count once and not once per direction.
+    trials = sum(tables) * len(curves.languages) / len(tables)
+    error = math.sqrt(accuracy[best] * (1 - accuracy[best]) / trials)
+    if accuracy[best] < 3 * chance:
+        chosen = min(usable, key=lambda i: (abs(2 * layers[i] - depth), layers[i]))
+        why = (
+            f"no layer finds translations better than chance (best {accuracy[best]:.4f} at layer {layers[best]}, "
+            f"chance {chance:.4f}), so this is the one nearest to half the depth"
+        )
+    else:
+        chosen = next(i for i in usable if accuracy[i] >= accuracy[best] - error)
+        why = f"translations find each other best here, margin-ratio accuracy {accuracy[chosen]:.3f}"
+        if chosen != best:
+            why = (
+                f"the lowest layer whose margin-ratio accuracy, {accuracy[chosen]:.3f}, is within a standard error "
+                f"({error:.3f}) of the best, {accuracy[best]:.3f} at layer {layers[best]}: to end lower costs less"
+            )
+        if chosen != usable[-1]:
+            why += (
+                f"; at layer {layers[usable[-1]]} it is {accuracy[usable[-1]]:.3f}, and a linear classifier tells the "
+                f"language of {told[usable[-1]]:.0%} of the sentences there, of {told[chosen]:.0%} here"
+            )
+    return {"layer": layers[chosen], "accuracy": float(accuracy[chosen]), "reason": why}
+
+
+def correlate(curves: Curves, scores: dict[str, float]) -> dict:
+    """Correlation over languages between accuracy at each layer and a task's score, with two-sided p-values.
+
+    Args: scores: language -> score; codes may be of another kind than the probe's (`de` and `deu_Latn`).
+    Returns: `languages` [[probe's code, report's code], ...], and per layer `pearson`, `pearson_p`, `spearman`,
+    `spearman_p`, NaN where accuracy or score is the same for all languages.
+    """
+    theirs = {_key(code): code for code in scores}
+    pairs = [(code, code if code in scores else theirs.get(_key(code))) for code in curves.languages]
+    pairs = [(ours, code) for ours, code in pairs if code is not None]
+    result = {
+        "languages": [list(pair) for pair in pairs],
+        "pearson": [],
+        "pearson_p": [],
+        "spearman": [],
+        "spearman_p": [],
+    }
+    if len(pairs) < 3:
+        return result
+    index = [curves.languages.index(ours) for ours, _ in pairs]
+    y = [scores[code] for _, code in pairs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        warnings.simplefilter("ignore", stats.NearConstantInputWarning)
+        for x in curves.by_language(DECISIVE)[:, index]:
+            for name, test in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
+                found = test(x, y)
+                result[name].append(float(found.statistic))
+                result[f"{name}_p"].append(float(found.pvalue))
+    return result
+
+
+def _key(code: str) -> tuple[str, str | None]:
+    return language_of(code), script_of(code)
+
+
+def _without_diagonal(values: np.ndarray) -> np.ndarray:
+    kept = values.copy()
+    index = np.arange(values.shape[-1])
+    kept[:, index, index] = np.nan
+    return kept
+
+
+def _mean(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing is NaN, and means nothing was measured
+        return np.nanmean(values, axis=axis)
