@@ -55,23 +55,25 @@ def measure_layer(
     Args: load: language -> the layer's states [distinct sentences, hidden].
     """
     languages = parallel.languages
-    states = {language: load(language).to(device) for language in languages}
     shape = (len(languages), len(languages))
     sums = {name: np.zeros(shape) for name in DIRECTED}
     counts = {name: np.zeros(shape) for name in DIRECTED}
     for table in parallel.tables:
         ids = torch.tensor([table[language] for language in sorted(table)], device=device)
-        rows = torch.stack([states[language][ids[number]] for number, language in enumerate(sorted(table))])
+        rows = torch.stack([load(language).to(device)[ids[number]] for number, language in enumerate(sorted(table))])
         place = np.ix_(*[[languages.index(language) for language in sorted(table)]] * 2)
         measured = retrieval.retrieval(rows, ids)
         measured |= {"cka": retrieval.linear_cka(rows), "anisotropy": retrieval.anisotropy(rows)}
+        del rows
         for name, values in measured.items():
             known = ~np.isnan(values.numpy())
             sums[name][place] += np.where(known, values.numpy(), 0)
             counts[name][place] += known
     with np.errstate(invalid="ignore"):
         means = {name: sums[name] / counts[name] for name in DIRECTED}  # 0 / 0, NaN, where nothing was measured
-    return means | {"separability": retrieval.separability([states[language] for language in languages]).numpy()}
+    return means | {
+        "separability": retrieval.separability([load(language).to(device) for language in languages]).numpy()
+    }
 
 
 def language_groups(languages: list[str]) -> dict[str, list[str]]:

@@ -63,16 +63,15 @@ def retrieval(states: torch.Tensor, ids: torch.Tensor, k: int = NEIGHBOURS) -> d
                 ids[block],
                 ids[a],
             )
-            for position, b in enumerate(range(block.start, block.stop)):
-                clear = ~_ambiguous(twins[b], ids[b], ids[a])
-                clear_back = ~_ambiguous(twins[a], ids[a], ids[b])
-                for name in found:
-                    found[name][position] &= clear
-                    found_back[name][position] &= clear_back
-                    scores[name][a, b] = found[name][position].double().mean()
-                    scores[name][b, a] = found_back[name][position].double().mean()
-                both = found["cosine"][position] & found_back["cosine"][position]
-                scores["mexa"][a, b] = scores["mexa"][b, a] = both.double().mean()
+            clear = torch.stack([~_ambiguous(twins[b], ids[b], ids[a]) for b in range(block.start, block.stop)])
+            clear_back = torch.stack([~_ambiguous(twins[a], ids[a], ids[b]) for b in range(block.start, block.stop)])
+            found = {name: each & clear for name, each in found.items()}
+            found_back = {name: each & clear_back for name, each in found_back.items()}
+            for name, each in found.items():
+                scores[name][a, block] = each.double().mean(1).cpu()
+                scores[name][block, a] = found_back[name].double().mean(1).cpu()
+            both = (found["cosine"] & found_back["cosine"]).double().mean(1).cpu()
+            scores["mexa"][a, block] = scores["mexa"][block, a] = both
     return scores | {"xsim": 1 - scores["margin_ratio"]}
 
 
@@ -100,7 +99,7 @@ def linear_cka(states: torch.Tensor) -> torch.Tensor:
     """
     languages, sentences, _ = states.shape
     centred = states.float() - states.float().mean(1, keepdim=True)
-    centred = centred / centred.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None, None]  # CKA is free of scale; fp32 not
+    centred /= centred.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None, None]  # CKA is free of scale; fp32 is not
     products = torch.zeros(languages, languages, dtype=torch.float64)
     step = max(_BLOCK // (languages * sentences), 1)
     for first in range(0, sentences, step):
@@ -157,19 +156,21 @@ def _found(
     }
 
 
-def _twins(rows: torch.Tensor) -> torch.Tensor:
-    """[n]: one number for rows that are the same to the last bit, another for every other row."""
+def _twins(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n], one number for rows that are the same to the last bit; and the rows that are not alone with theirs."""
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(2**62, (rows.shape[1],), generator=generator).to(rows.device)
     bits = (rows + 0.0).contiguous().view(torch.int32).long()  # + 0.0: both zeros have the same bits
-    return ((2 * factors + 1) * bits).sum(1)
+    _, group, counts = ((2 * factors + 1) * bits).sum(1).unique(return_inverse=True, return_counts=True)
+    return group, (counts[group] > 1).nonzero().squeeze(1)
 
 
-def _ambiguous(twins: torch.Tensor, tgt_ids: torch.Tensor, src_ids: torch.Tensor) -> torch.Tensor:
+def _ambiguous(twins: tuple[torch.Tensor, torch.Tensor], tgt_ids: torch.Tensor, src_ids: torch.Tensor) -> torch.Tensor:
     """[n]: whether a wrong row has the very state of row i. A product's rounding would break this tie at random."""
-    _, group, counts = twins.unique(return_inverse=True, return_counts=True)
-    several = (counts[group] > 1).nonzero().squeeze(1)
-    ambiguous = torch.zeros_like(twins, dtype=torch.bool)
+    group, several = twins
+    ambiguous = torch.zeros_like(group, dtype=torch.bool)
+    if not len(several):
+        return ambiguous
     right = (tgt_ids[several, None] == tgt_ids) | (src_ids[several, None] == src_ids)
     ambiguous[several] = ((group[several, None] == group) & ~right).any(1)
     return ambiguous

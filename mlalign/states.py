@@ -27,6 +27,7 @@ from mlalign.model import (
     load_for_inference,
     load_model_config,
     load_tokenizer,
+    precision_dtype,
     truncated_decoder,
 )
 from mlalign.parallel import Parallel
@@ -48,7 +49,8 @@ class Encoder:
     def fingerprint(self) -> str:
         """Stands for everything but the sentences that states depend on, the weights' files included."""
         revision = [] if os.path.isdir(self.model) else [load_model_config(Model(path=self.model))._commit_hash]
-        parts = [asdict(self), __version__, revision, _files_of(self.model), _files_of(self.adapter)]
+        precision = str(precision_dtype(self.precision))  # auto is bf16 on one machine and fp32 on another
+        parts = [asdict(self), __version__, precision, revision, _files_of(self.model), _files_of(self.adapter)]
         return _digest(parts)
 
 

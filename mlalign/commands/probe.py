@@ -242,7 +242,7 @@ def _result(
         groups                           group -> measure -> [layer]: over its languages' directions from and to them
         by_language                      measure -> [layer][language]
         directions                       measure -> [layer][src][tgt], null on the diagonal}
-    correlation                      report -> {metric, languages, and by layer pearson, pearson_p, spearman, ...}
+    correlation                      of the first model: report -> {metric, languages, and by layer pearson, ...}
     """
     first = next(iter(encoders.values()))
     layers = list(first.layers)
