@@ -100,7 +100,7 @@ def probe(
         output=output,
         adapter=adapter,
         compare=compare,
-        languages=None if languages is None else languages.split(","),
+        languages=None if languages is None else [code.strip() for code in languages.split(",")],
         max_sentences=max_sentences,
         layers=layers,
         pooling=tuple(pooling.split(",")),

@@ -17,6 +17,7 @@ from mlalign.errors import UserError
 from mlalign.rows import Row, is_local, read_rows
 
 MIN_SENTENCES = 5  #: a margin looks at four neighbours beside the sentence itself
+MAX_SENTENCES = 20_000  #: every sentence is compared with every other: 1.6 GB at once
 
 _PLAIN = (".txt", ".dev", ".devtest", ".test")  # one sentence a line: FLORES-200 and NTREX as they are published
 _ROWS = (".jsonl", ".json", ".csv", ".parquet")
@@ -205,7 +206,7 @@ def _one_table(corpora: dict[str, list[Entry]], max_sentences: int | None) -> Pa
     parallel = Parallel()
     table: dict[str, list[int]] = {}
     for language, entries in _aligned(corpora).items():
-        _refuse_few(len(entries), entries[0][0].rpartition(":")[0] or language)
+        _refuse_size(len(entries[:max_sentences]), entries[0][0].rpartition(":")[0] or language)
         table[language] = [parallel.add(language, text, where) for where, _, text in entries[:max_sentences]]
     parallel.tables.append(table)
     return parallel
@@ -273,7 +274,7 @@ def _pivot_tables(files: list[Path], languages: list[str] | None, max_sentences:
         )
     parallel = Parallel()
     for rows in pairs.values():
-        _refuse_few(len(rows), rows[0][0].rpartition(":")[0])
+        _refuse_size(len(rows[:max_sentences]), rows[0][0].rpartition(":")[0])
         table: dict[str, list[int]] = {}
         for where, texts in rows[:max_sentences]:
             for language, text in texts.items():
@@ -288,9 +289,14 @@ def _refuse_unknown(languages: list[str] | None, there: Iterable[str], data: str
         raise UserError(f"{data} has no language {unknown[0]}, but {', '.join(sorted(there))}")
 
 
-def _refuse_few(sentences: int, file: str) -> None:
+def _refuse_size(sentences: int, file: str) -> None:
     if sentences < MIN_SENTENCES:
         raise UserError(f"{file} has {sentences} sentences: a probe needs {MIN_SENTENCES} at least")
+    if sentences > MAX_SENTENCES:
+        raise UserError(
+            f"{file} has {sentences:,} sentences, and a probe compares each with all others: give --max-sentences, at "
+            f"most {MAX_SENTENCES}"
+        )
 
 
 def _first_repeated(values: list) -> object:

@@ -97,7 +97,7 @@ def recommend(curves: Curves, layers: list[int], depth: int, tables: list[int]) 
     # Directions share their sentences, so a language's sentences count once and not once per direction.
     trials = sum(tables) * len(curves.languages) / len(tables)
     error = math.sqrt(accuracy[best] * (1 - accuracy[best]) / trials)
-    if accuracy[best] < 3 * chance:
+    if accuracy[best] < chance + 3 * math.sqrt(chance * (1 - chance) / trials):
         chosen = min(usable, key=lambda i: (abs(2 * layers[i] - depth), layers[i]))
         why = (
             f"no layer finds translations better than chance (best {accuracy[best]:.4f} at layer {layers[best]}, "
@@ -119,36 +119,47 @@ def recommend(curves: Curves, layers: list[int], depth: int, tables: list[int]) 
     return {"layer": layers[chosen], "accuracy": float(accuracy[chosen]), "reason": why}
 
 
+def shared_languages(languages: list[str], scores: dict[str, float]) -> list[tuple[str, str]]:
+    """(the probe's code, the scores' code) of languages in both; `de` and `deu_Latn` are the same language."""
+    theirs = {_key(code): code for code in scores}
+    pairs = [(code, code if code in scores else theirs.get(_key(code))) for code in languages]
+    return [(ours, code) for ours, code in pairs if code is not None]
+
+
 def correlate(curves: Curves, scores: dict[str, float]) -> dict:
     """Correlation over languages between accuracy at each layer and a task's score, with two-sided p-values.
 
-    Args: scores: language -> score; codes may be of another kind than the probe's (`de` and `deu_Latn`).
-    Returns: `languages` [[probe's code, report's code], ...], and per layer `pearson`, `pearson_p`, `spearman`,
-    `spearman_p`, NaN where accuracy or score is the same for all languages.
+    The p-values are those of a permutation test (all orders up to 8 languages, 99,999 random ones above), for the usual
+    approximations need more languages than there are data for.
+
+    Args: scores: language -> score, for three languages of the probe at least, see `shared_languages`.
+    Returns: by layer `pearson`, `pearson_p`, `spearman`, `spearman_p`; NaN where all accuracies or scores are the same.
     """
-    theirs = {_key(code): code for code in scores}
-    pairs = [(code, code if code in scores else theirs.get(_key(code))) for code in curves.languages]
-    pairs = [(ours, code) for ours, code in pairs if code is not None]
-    result = {
-        "languages": [list(pair) for pair in pairs],
-        "pearson": [],
-        "pearson_p": [],
-        "spearman": [],
-        "spearman_p": [],
-    }
-    if len(pairs) < 3:
-        return result
+    pairs = shared_languages(curves.languages, scores)
     index = [curves.languages.index(ours) for ours, _ in pairs]
-    y = [scores[code] for _, code in pairs]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.ConstantInputWarning)
-        warnings.simplefilter("ignore", stats.NearConstantInputWarning)
-        for x in curves.by_language(DECISIVE)[:, index]:
-            for name, test in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
-                found = test(x, y)
-                result[name].append(float(found.statistic))
-                result[f"{name}_p"].append(float(found.pvalue))
+    y = np.array([scores[code] for _, code in pairs])
+    result: dict[str, list[float]] = {"pearson": [], "pearson_p": [], "spearman": [], "spearman_p": []}
+    for x in curves.by_language(DECISIVE)[:, index]:
+        for name, ours, theirs in (("pearson", x, y), ("spearman", stats.rankdata(x), stats.rankdata(y))):
+            statistic, p_value = _permutation_test(ours, theirs)
+            result[name].append(statistic)
+            result[f"{name}_p"].append(p_value)
     return result
+
+
+def _permutation_test(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan, math.nan
+    y = (y - y.mean()) / np.linalg.norm(y - y.mean())
+
+    def correlation(x: np.ndarray, axis: int) -> np.ndarray:
+        x = x - x.mean(axis, keepdims=True)
+        return (x * y).sum(axis) / np.linalg.norm(x, axis=axis)
+
+    test = stats.permutation_test(
+        (x,), correlation, permutation_type="pairings", vectorized=True, n_resamples=99_999, rng=0
+    )
+    return float(test.statistic), float(test.pvalue)
 
 
 def _key(code: str) -> tuple[str, str | None]:

@@ -38,18 +38,17 @@ def draw(
     directions = {f"{name}, layer {chosen}": each.directions[DECISIVE][at] for name, each in curves.items()}
     labels = ("from", "to", scale)
     plots.plot_heat(directions, result["languages"], result["languages"], labels, output / "directions.png")
-    if reports:
-        first = next(iter(curves.values()))
-        points = {}
-        for name, found in result["correlation"].items():
-            title = (
-                f"{name}\nPearson {found['pearson'][at]:.2f} (p {found['pearson_p'][at]:.2g}), "
-                f"Spearman {found['spearman'][at]:.2f} (p {found['spearman_p'][at]:.2g})"
-            )
+    (output / "transfer.png").unlink(missing_ok=True)
+    points = {}
+    for report, (_, scores) in reports.items():
+        found = result["correlation"][report]
+        for name, each in curves.items():
+            title = f"{report}\n{name}: {_correlation(found[name], at)}"
             points[title] = {
-                ours: (first.by_language(DECISIVE)[at, result["languages"].index(ours)], reports[name][1][theirs])
+                ours: (each.by_language(DECISIVE)[at, result["languages"].index(ours)], scores[theirs])
                 for ours, theirs in found["languages"]
             }
+    if reports:
         metric = next(iter(reports.values()))[0]
         plots.plot_scatter(points, (f"{scale} at layer {chosen}", metric), output / "transfer.png")
 
@@ -70,8 +69,9 @@ def log(result: dict, curves: dict[str, Curves], output: Path) -> None:
                         if math.isfinite(value):
                             writer.add_scalar(f"{group}/{measure}", value, layer)
     with SummaryWriter(str(folder)) as writer:
-        for path in sorted(output.glob("*.png")):
-            writer.add_image(path.stem, imread(path)[..., :3], 0, dataformats="HWC")
+        for name in ("layers", "languages", "directions", "transfer"):
+            if (output / f"{name}.png").exists():
+                writer.add_image(name, imread(output / f"{name}.png")[..., :3], 0, dataformats="HWC")
         writer.add_text("recommendation", _sentence(result), 0)
 
 
@@ -90,15 +90,22 @@ def show(result: dict, curves: dict[str, Curves], output: Path) -> None:
     if len(curves) > 1:
         table.title = " / ".join(curves)
     console.print(table)
-    for name, found in result["correlation"].items():
-        at = result["layers"].index(result["recommendation"]["layer"])
-        say(
-            f"{name}: accuracy at this layer and {found['metric']} of {len(found['languages'])} languages correlate, "
-            f"Pearson {found['pearson'][at]:.3f} (p {found['pearson_p'][at]:.2g}), "
-            f"Spearman {found['spearman'][at]:.3f} (p {found['spearman_p'][at]:.2g})"
-        )
+    at = result["layers"].index(result["recommendation"]["layer"])
+    for report, found in result["correlation"].items():
+        for name in curves:
+            say(
+                f"{report}: {found['metric']} of {len(found['languages'])} languages and accuracy of {name} at layer "
+                f"{result['recommendation']['layer']}: {_correlation(found[name], at)}"
+            )
     say(_sentence(result))
     say(f"pictures and numbers in {output}; use it with: alignment.layer=probe:{output}")
+
+
+def _correlation(found: dict[str, list[float]], at: int) -> str:
+    return (
+        f"Pearson {found['pearson'][at]:.2f} (p {found['pearson_p'][at]:.2g}), "
+        f"Spearman {found['spearman'][at]:.2f} (p {found['spearman_p'][at]:.2g})"
+    )
 
 
 def _sentence(result: dict) -> str:

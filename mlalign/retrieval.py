@@ -4,18 +4,20 @@
 sentence n of the others. `ids` [languages, sentences] number the distinct texts of each language: two rows of one
 language with the same id are the same sentence.
 
-Sentence i of `src` is *found* in `tgt` if a right row of `tgt` scores strictly higher than every wrong one. Right is
-row i, and any row whose text, or whose translation's text, is the same as that of row i: the same answer, or another
-translation of the same question. So a tie with a wrong row is no find, and repeated sentences never compete.
+Sentence i of `src` is *found* in `tgt` if a right row of `tgt` scores higher than every wrong one. Right is row i, and
+any row whose text, or whose translation's text, is the same as that of row i: the same answer, or another translation
+of the same question. So repeated sentences never compete, and a tie with a wrong row, to rounding, is no find.
 
-Products are in fp32, for the cosines of an LLM's middle layers often differ in the fourth digit only, where bf16 has
-none left. Work is done in blocks of languages, so that memory beyond the states is bounded.
+The cosines of an LLM's middle layers may all lie above 0.9999, where fp32 and the more so bf16 have too few digits left
+to tell them apart. So unit rows are made in fp64 and their common mean is taken off, which leaves every distance as it
+is and is exact where they crowd; products are then in fp32. Work is done in blocks of languages.
 """
 
 import torch
 import torch.nn.functional as F
 
 NEIGHBOURS = 4  #: k of the margins: Artetxe & Schwenk 2019, section 3.2, and LASER
+_TIE = 2.0**-20  #: of the rows' mean squared length: what fp32 products of that size may be off
 _BLOCK = 2**22  #: similarities held at once: 16 MB, near a CPU's cache and enough for a GPU
 
 
@@ -35,7 +37,7 @@ def retrieval(states: torch.Tensor, ids: torch.Tensor, k: int = NEIGHBOURS) -> d
     `margin_distance`, `margin_ratio`: of the k nearest rows by cosine, the one with the best margin. With a = cos(x, y)
     and b = half the mean cosine of x to its k nearest in tgt plus half that of y to its k nearest in src, the margin
     is a - b or a / b (Artetxe & Schwenk 2019, "Margin-based Parallel Corpus Mining", section 3.2; the candidates are
-    those of LASER's xsim).
+    those of LASER's xsim; which of several rows that tie for the k-th place is one, is open).
     `xsim`: 1 - margin_ratio, the error rate (LASER, "xSIM").
     `mexa`: the share of sentences found by cosine in both directions: c_ii > max_j(c_ij, c_ji), j != i (Kargaran et al.
     2024, "MEXA", section 3). The same for both directions.
@@ -44,29 +46,25 @@ def retrieval(states: torch.Tensor, ids: torch.Tensor, k: int = NEIGHBOURS) -> d
     Returns: matrices, fp64 on the CPU, NaN on the diagonal.
     """
     languages, sentences, _ = states.shape
-    rows = _unit(states)
-    twins = [_twins(rows[a]) for a in range(languages)]
+    rows = torch.stack(_centred(states))
+    halves = rows.square().sum(2, keepdim=True) / 2
+    ones = torch.ones_like(halves)
+    tie = 2 * _TIE * halves.mean()
+    # cos - 1 = -|x - y|^2 / 2 = xy - x^2 / 2 - y^2 / 2 for unit x and y, as one product of longer rows
+    rows = torch.cat([rows, -halves, ones], dim=2)
     names = ("cosine", "margin_distance", "margin_ratio", "mexa")
     scores = {name: torch.full((languages, languages), torch.nan, dtype=torch.float64) for name in names}
     k = min(k, sentences)
     step = max(_BLOCK // sentences**2, 1)
     for a in range(languages):
+        own = torch.cat([rows[a, :, :-2], ones[a], -halves[a]], dim=1)
         for first in range(a + 1, languages, step):
             block = slice(first, min(first + step, languages))
-            similarity = rows[a] @ rows[block].transpose(1, 2)  # [block, sentences of a, sentences of b]
-            there, back = similarity.topk(k, dim=2), similarity.topk(k, dim=1)
-            found = _found(there.values, there.indices, back.values, ids[a], ids[block])
-            found_back = _found(
-                back.values.transpose(1, 2),
-                back.indices.transpose(1, 2),
-                there.values.transpose(1, 2),
-                ids[block],
-                ids[a],
-            )
-            clear = torch.stack([~_ambiguous(twins[b], ids[b], ids[a]) for b in range(block.start, block.stop)])
-            clear_back = torch.stack([~_ambiguous(twins[a], ids[a], ids[b]) for b in range(block.start, block.stop)])
-            found = {name: each & clear for name, each in found.items()}
-            found_back = {name: each & clear_back for name, each in found_back.items()}
+            nearness = own @ rows[block].transpose(1, 2)  # [block, sentences of a, sentences of b]
+            there, back = nearness.topk(k, dim=2), nearness.topk(k, dim=1)
+            back_values, back_indices = back.values.transpose(1, 2), back.indices.transpose(1, 2)
+            found = _found(there.values, there.indices, back_values, ids[a], ids[block], tie)
+            found_back = _found(back_values, back_indices, there.values, ids[block], ids[a], tie)
             for name, each in found.items():
                 scores[name][a, block] = each.double().mean(1).cpu()
                 scores[name][block, a] = found_back[name].double().mean(1).cpu()
@@ -95,10 +93,12 @@ def linear_cka(states: torch.Tensor) -> torch.Tensor:
     where there are fewer sentences than hidden dimensions. Computed by <XX', YY'> = |X'Y|^2 in blocks of rows, so that
     every language's Gram matrix is made once.
 
-    Returns: [languages, languages], fp64 on the CPU.
+    Returns: [languages, languages], fp64 on the CPU; NaN for a language whose rows are all the same.
     """
     languages, sentences, _ = states.shape
     centred = states.float() - states.float().mean(1, keepdim=True)
+    # Where all rows are the same, what is left is rounding.
+    constant = centred.flatten(1).norm(dim=1) <= 1e-5 * states.float().flatten(1).norm(dim=1)
     centred /= centred.flatten(1).norm(dim=1).clamp_min(1e-30)[:, None, None]  # CKA is free of scale; fp32 is not
     products = torch.zeros(languages, languages, dtype=torch.float64)
     step = max(_BLOCK // (languages * sentences), 1)
@@ -106,6 +106,7 @@ def linear_cka(states: torch.Tensor) -> torch.Tensor:
         grams = (centred[:, first : first + step] @ centred.transpose(1, 2)).flatten(1)
         products += (grams @ grams.T).double().cpu()
     norms = products.diagonal().sqrt()
+    norms[constant.cpu()] = torch.nan
     return products / (norms[:, None] * norms)
 
 
@@ -118,13 +119,14 @@ def separability(states: list[torch.Tensor]) -> torch.Tensor:
     Args: states: per language [its sentences, hidden].
     Returns: [languages], fp64 on the CPU; 1 / languages is chance.
     """
-    rows = [_unit(each) for each in states]
+    rows = _centred(states)
     right = torch.zeros(len(rows), dtype=torch.float64)
     for half in (0, 1):
         centroids = torch.stack([each[half::2].mean(0) for each in rows])
         for number, each in enumerate(rows):
             # The largest x.c - |c|^2 / 2 is the smallest |x - c|.
             nearness = each[1 - half :: 2] @ centroids.T - centroids.square().sum(1) / 2
+            nearness = nearness.nan_to_num(-torch.inf)  # the centroid of no row
             right[number] += (nearness.argmax(1) == number).sum().item()
     return right / torch.tensor([len(each) for each in rows])
 
@@ -133,13 +135,24 @@ def _unit(rows: torch.Tensor) -> torch.Tensor:
     return F.normalize(rows.float(), dim=-1)
 
 
+def _centred(states: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
+    """Unit rows less their common mean, language by language in fp64: per language [sentences, hidden], fp32."""
+    mean = sum(F.normalize(each.double(), dim=-1).mean(0) for each in states) / len(states)
+    return [(F.normalize(each.double(), dim=-1) - mean).float() for each in states]
+
+
 def _found(
-    near: torch.Tensor, index: torch.Tensor, near_back: torch.Tensor, src_ids: torch.Tensor, tgt_ids: torch.Tensor
+    near: torch.Tensor,
+    index: torch.Tensor,
+    near_back: torch.Tensor,
+    src_ids: torch.Tensor,
+    tgt_ids: torch.Tensor,
+    tie: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """Per sentence of src, whether its best candidate is a right one, by cosine and by margin: name -> [block, n].
 
-    Args: near, index [block, n, k]: cosines and rows of the nearest of tgt; near_back [block, k, n]: cosines of each
-    row of tgt to its nearest of src; src_ids, tgt_ids [n] or [block, n].
+    Args: near, index [block, n, k]: cos - 1 and rows of the nearest of tgt; near_back [block, n, k]: cos - 1 of each
+    row of tgt to its nearest of src; src_ids, tgt_ids [n] or [block, n]; tie: what the same score may differ by.
     """
     block, n, k = near.shape
     src_ids, tgt_ids = src_ids.expand(block, n), tgt_ids.expand(block, n)
@@ -148,29 +161,11 @@ def _found(
         return values.gather(1, index.reshape(block, n * k)).view(block, n, k)
 
     right = (of_candidates(tgt_ids) == tgt_ids[..., None]) | (of_candidates(src_ids) == src_ids[..., None])
-    average = (near.mean(2)[..., None] + of_candidates(near_back.mean(1))) / 2
-    scores = {"cosine": near, "margin_distance": near - average, "margin_ratio": near / average}
+    average = (near.mean(2)[..., None] + of_candidates(near_back.mean(2))) / 2
+    distance = near - average
+    # With a = 1 + near and b = 1 + average the ratio a / b is 1 + distance / b.
+    scores = {"cosine": near, "margin_distance": distance, "margin_ratio": distance / (1 + average)}
     return {
-        name: score.masked_fill(~right, -torch.inf).amax(2) > score.masked_fill(right, -torch.inf).amax(2)
+        name: score.masked_fill(~right, -torch.inf).amax(2) > score.masked_fill(right, -torch.inf).amax(2) + tie
         for name, score in scores.items()
     }
-
-
-def _twins(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n], one number for rows that are the same to the last bit; and the rows that are not alone with theirs."""
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(2**62, (rows.shape[1],), generator=generator).to(rows.device)
-    bits = (rows + 0.0).contiguous().view(torch.int32).long()  # + 0.0: both zeros have the same bits
-    _, group, counts = ((2 * factors + 1) * bits).sum(1).unique(return_inverse=True, return_counts=True)
-    return group, (counts[group] > 1).nonzero().squeeze(1)
-
-
-def _ambiguous(twins: tuple[torch.Tensor, torch.Tensor], tgt_ids: torch.Tensor, src_ids: torch.Tensor) -> torch.Tensor:
-    """[n]: whether a wrong row has the very state of row i. A product's rounding would break this tie at random."""
-    group, several = twins
-    ambiguous = torch.zeros_like(group, dtype=torch.bool)
-    if not len(several):
-        return ambiguous
-    right = (tgt_ids[several, None] == tgt_ids) | (src_ids[several, None] == src_ids)
-    ambiguous[several] = ((group[several, None] == group) & ~right).any(1)
-    return ambiguous

@@ -40,8 +40,10 @@ class Encoder:
     """What turns a sentence into states, and how."""
 
     model: str  #: a directory or a hub id
-    adapter: str | None
-    layers: tuple[int, ...]  #: ascending; 0 = the input of block 0, k = the output of block k, before any final norm
+    adapter: str | None  #: a directory
+    layers: tuple[
+        int, ...
+    ]  #: ascending, the last at least 1; 0 = the input of block 0, k = the output of block k, before any final norm
     poolings: tuple[str, ...]  #: names in `pooling.POOLERS`
     pool_bos: bool  #: whether the mean counts the state of the BOS token
     precision: str  #: auto, bf16 or fp32, see `config.Model`
@@ -64,7 +66,7 @@ class LayerStates(nn.Module):
         super().__init__()
         self.lm = lm
         self._poolers = [POOLERS[name] for name in encoder.poolings]
-        self._view = [truncated_decoder(lm, max(1, encoder.layers[-1]))]  # in a list: no submodule
+        self._view = [truncated_decoder(lm, encoder.layers[-1])]  # in a list: no submodule
         self._mask: torch.Tensor | None = None
         self._pooled: list[torch.Tensor] = []
         decoder, stack, _ = decoder_parts(lm)
@@ -105,29 +107,27 @@ def state_files(encoder: Encoder, parallel: Parallel, folder: Path) -> dict[str,
 
 def encode(
     encoder: Encoder, parallel: Parallel, files: dict[str, Path], batch_size: int, deepspeed: str | None
-) -> dict[str, int]:
+) -> None:
     """Write the state files that are missing; every rank takes a share of each language. Nothing missing: no model.
 
     The batches do not depend on the number of ranks, so neither do the states.
-    Args: deepspeed: a DeepSpeed file; ZeRO-3 shards the model over the ranks, other stages do nothing here.
-    Returns: language -> its sentences that were cut at the model's number of positions, for languages encoded now.
+    Args: deepspeed: a DeepSpeed file of ZeRO-3, which shards the model over the ranks.
     """
     missing = distributed.broadcast_object([language for language, path in files.items() if not path.exists()])
     kept = len(files) - len(missing)
     if kept:
         say(f"{kept} of {len(files)} languages are encoded already")
     if not missing:
-        return {}
+        return
     tokenizer = load_tokenizer(Model(path=encoder.model))
     settings = load_model_config(Model(path=encoder.model)).get_text_config()
     positions = getattr(settings, "max_position_embeddings", None)
     module = _load(encoder, deepspeed)
     pad, bos = pad_id(tokenizer), tokenizer.bos_token_id
-    cut = {}
     for language in missing:
         start = time.monotonic()
         rows = [encode_text(text, tokenizer) for text in parallel.texts[language]]
-        cut[language] = sum(len(row) > positions for row in rows) if positions else 0
+        cut = sum(len(row) > positions for row in rows) if positions else 0
         rows = [row[:positions] for row in rows]
         states = None
         for index, part in _encoded(module, rows, batch_size, pad, None if encoder.pool_bos else bos):
@@ -138,11 +138,10 @@ def encode(
         if distributed.is_main():
             _write(states, files[language])
         seconds = time.monotonic() - start
-        note = f", {cut[language]:,} cut at {positions:,} tokens" if cut[language] else ""
+        note = f", {cut:,} cut at {positions:,} tokens" if cut else ""
         say(f"encoded {language}: {len(rows):,} sentences, {sum(map(len, rows)):,} tokens{note}, {seconds:.1f} s")
     if hasattr(module, "destroy"):
         module.destroy()  # DeepSpeed would keep the shards while the next model is loaded
-    return cut
 
 
 def load_layer(path: Path, pooling: int, layer: int) -> torch.Tensor:
@@ -152,8 +151,7 @@ def load_layer(path: Path, pooling: int, layer: int) -> torch.Tensor:
 
 def _load(encoder: Encoder, deepspeed: str | None) -> nn.Module:
     settings = Model(path=encoder.model, precision=encoder.precision)
-    zero = read_deepspeed(deepspeed)
-    sharded = inference_config(settings, zero) if zero["zero_optimization"]["stage"] == 3 else None
+    sharded = inference_config(settings, read_deepspeed(deepspeed)) if deepspeed else None
     module = LayerStates(load_for_inference(settings, encoder.adapter, sharded), encoder)
     return inference_engine(module, sharded) if sharded else module
 
@@ -221,4 +219,5 @@ def _files_of(path: str | None) -> list:
     """Of a directory: names, sizes and times of its files, so that states of older weights are never taken."""
     if path is None or not os.path.isdir(path):
         return []
-    return sorted([entry.name, entry.stat().st_size, entry.stat().st_mtime_ns] for entry in os.scandir(path))
+    files = [entry for entry in os.scandir(path) if entry.is_file()]
+    return sorted([entry.name, entry.stat().st_size, entry.stat().st_mtime_ns] for entry in files)

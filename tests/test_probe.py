@@ -1,5 +1,6 @@
 """`mlalign probe`: states against one sentence at a time, any number of ranks, ZeRO-3, resuming, what it says."""
 
+import itertools
 import json
 import os
 import resource
@@ -23,7 +24,7 @@ from mlalign import distributed, retrieval, states
 from mlalign.commands.probe import Settings, probe
 from mlalign.config import load
 from mlalign.errors import UserError
-from mlalign.probe_report import MEASURES, Curves, correlate, recommend
+from mlalign.probe_report import MEASURES, Curves, correlate, recommend, shared_languages
 from mlalign.tracker import console
 
 SENTENCES = {
@@ -61,6 +62,12 @@ def adapter(tmp_path_factory, tiny_model) -> Path:
     return path
 
 
+def alone_in_the_world() -> dict[str, str]:
+    """The environment of a process that belongs to no group, whatever tests ran before."""
+    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in group} | {"OMP_NUM_THREADS": "1"}
+
+
 def saved_states(output: Path) -> dict[str, np.ndarray]:
     return {path.name.split("-")[0]: np.load(path) for path in sorted((output / "states").glob("*.npy"))}
 
@@ -91,7 +98,7 @@ def test_states_equal_one_sentence_at_a_time(asked, tiny_model, tokenizer, pool_
 def test_some_layers_are_those_of_all(asked):
     probe(asked)
     every = saved_states(asked.output)["rus"]
-    for layers, index in (("1-2,4", [1, 2, 4]), ("0", [0]), ("3", [3])):
+    for layers, index in (("1-2,4", [1, 2, 4]), ("0-1", [0, 1]), ("3", [3])):
         output = asked.output / layers
         result = probe(replace(asked, layers=layers, output=output))
         assert result["layers"] == index
@@ -229,7 +236,7 @@ def test_a_killed_probe_goes_on(asked, data, killer):
         str(asked.output),
     ]
     folder = asked.output / "states"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=alone_in_the_world())
     while len(list(folder.glob("*.npy"))) < 2:
         assert process.poll() is None
         time.sleep(0.01)
@@ -237,7 +244,7 @@ def test_a_killed_probe_goes_on(asked, data, killer):
     assert process.wait(60) != 0
     there = len(list(folder.glob("*.npy")))
     assert not (asked.output / "probe.json").exists()
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env=alone_in_the_world())
     assert done.returncode == 0, done.stderr
     assert f"{there} of 12 languages are encoded already" in done.stdout
     assert (asked.output / "probe.json").exists()
@@ -292,6 +299,7 @@ def test_pictures_and_tensorboard_hold_everything(asked, adapter, tmp_path):
     assert set(root.Tags()["images"]) == {"layers", "languages", "directions", "transfer"}
     found = result["correlation"][str(report.parent)]
     assert found["metric"] == "f1"
+    assert len(found["before"]["pearson"]) == len(found["after"]["spearman_p"]) == 5
     assert found["languages"] == [["deu", "de"], ["eng", "en-US"], ["rus", "ru"], ["swh", "sw-KE"]]
 
 
@@ -312,18 +320,23 @@ def test_the_recommended_layer_is_the_lowest_of_the_best():
     assert layer([0.1, 0.1, 0.699, 0.7, 0.2]) == 2  # a standard error is sqrt(0.7 * 0.3 / 4000) = 0.007
     assert layer([0.1, 0.1, 0.69, 0.7, 0.2]) == 3
     assert layer([0.1, 0.1, 0.69, 0.7, 0.2], sentences=100) == 2
-    assert layer([0.9, 0.001, 0.002, 0.001, 0.0025]) == 2  # chance: half the depth
+    assert layer([0.9, 0.001, 0.002, 0.001, 0.0024]) == 2  # chance 0.001, give or take 0.0015: half the depth
+    assert layer([0.9, 0.001, 0.002, 0.001, 0.0045]) == 4
     assert layer([0.1, 0.7, 0.2], layers=[0, 2, 4]) == 2
     assert "better than chance" in recommend(made_up([0.0, 0.0, 0.0]), [0, 1, 2], 2, [1000])["reason"]
 
 
-def test_correlation_equals_its_formulas():
+def test_correlation_equals_its_formulas_and_all_orders():
     generator = np.random.default_rng(0)
     accuracy = generator.random((3, 6))
     matrices = accuracy[:, :, None] + accuracy[:, None, :]
     curves = Curves(list("abcdef"), {"margin_ratio": matrices}, accuracy)
     scores = {code: float(value) for code, value in zip("abcdef", generator.random(6))}
     found = correlate(curves, scores)
+    assert shared_languages(["deu_Latn", "zho_Hans", "xx"], {"zh-CN": 1, "de": 2, "fr": 3}) == [
+        ("deu_Latn", "de"),
+        ("zho_Hans", "zh-CN"),
+    ]
     y = np.array(list(scores.values()))
     for layer in range(3):
         x = np.array([np.mean([matrices[layer, i, j] for j in range(6) if j != i]) for i in range(6)])
@@ -335,10 +348,20 @@ def test_correlation_equals_its_formulas():
         assert found["pearson"][layer] == pytest.approx(pearson(x, y))
         ranks = [np.array([sum(other < one for other in values) for one in values]) for values in (x, y)]
         assert found["spearman"][layer] == pytest.approx(pearson(*ranks))
-        shuffled = [abs(pearson(x, generator.permutation(y))) for _ in range(4000)]
-        chance = np.mean([each >= abs(pearson(x, y)) for each in shuffled])
-        assert found["pearson_p"][layer] == pytest.approx(chance, abs=0.1)
-        assert 0 <= found["spearman_p"][layer] <= 1
+        for name, p, q in (("pearson", x, y), ("spearman", *ranks)):
+            orders = np.array([pearson(p, q[list(order)]) for order in itertools.permutations(range(6))])
+            # Two-sided as scipy has it: twice the smaller tail.
+            tails = [(orders >= pearson(p, q) - 1e-12).mean(), (orders <= pearson(p, q) + 1e-12).mean()]
+            assert found[f"{name}_p"][layer] == pytest.approx(min(1, 2 * min(tails)))
+
+
+def test_four_languages_in_the_same_order_are_no_proof():
+    accuracy = np.array([[0.1, 0.2, 0.3, 0.4]])
+    curves = Curves(list("abcd"), {"margin_ratio": accuracy[:, :, None] + accuracy[:, None, :]}, accuracy)
+    found = correlate(curves, {"a": 1, "b": 2, "c": 3, "d": 4})
+    assert found["spearman"][0] == pytest.approx(1)
+    assert found["spearman_p"][0] == pytest.approx(2 / 24)
+    assert np.isnan(correlate(curves, {"a": 1, "b": 1, "c": 1})["pearson"][0])
 
 
 def test_a_run_takes_the_recommended_layer(tmp_path, settings, asked):
@@ -358,13 +381,17 @@ def test_a_run_takes_the_recommended_layer(tmp_path, settings, asked):
     [
         ({"layers": "2-9"}, r"layers 2-9: 9 is out of range, the model has layers 0 to 4"),
         ({"layers": "two"}, r"layers 'two' must be numbers and ranges, such as 0-8,16"),
-        ({"layers": "4-2"}, r"layers '4-2' holds no layer"),
+        ({"layers": "4-2"}, r"layers '4-2' must hold a layer that can be aligned"),
+        ({"layers": "0"}, r"layers '0' must hold a layer that can be aligned, 1 or higher"),
+        ({"pooling": ("mean", "mean")}, r"pooling mean,mean names one twice"),
+        ({"metric": "f1"}, r"metric f1 belongs to a --report, and there is none"),
+        ({"deepspeed": "ds_configs/zero2.json"}, r"zero2.json is not ZeRO stage 3, and others shard nothing"),
         ({"pooling": ("max",)}, r"pooling max is none of mean, last"),
         ({"compare": "/nowhere"}, r"compare /nowhere is no directory"),
         ({"compare": "."}, r"compare \. holds no adapter_config.json and no config.json"),
         ({"reports": (Path("nowhere"),)}, r"report nowhere/report.json cannot be read"),
         ({"deepspeed": "nowhere.json"}, r"deepspeed: nowhere.json does not exist"),
-        ({"adapter": "/nowhere"}, r"adapter /nowhere cannot be loaded"),
+        ({"adapter": "/nowhere"}, r"adapter /nowhere is no directory"),
         ({"data": "/nowhere"}, r"/nowhere does not exist"),
         ({"output": Path("/proc/probe")}, r"output /proc/probe cannot be written"),
     ],
@@ -383,6 +410,52 @@ def test_reports_that_do_not_fit_are_said(asked, tmp_path):
         probe(replace(asked, reports=(report,)))
     with pytest.raises(UserError, match=r"has no metric bleu, but f1"):
         probe(replace(asked, reports=(report,), metric="bleu"))
+    report.write_text(json.dumps({"f1": {"deu": 0.5, "eng": float("nan"), "rus": 0.3}}))
+    with pytest.raises(UserError, match=r"report.json: f1 of eng is nan, which is no number"):
+        probe(replace(asked, reports=(report,)))
+    assert not (asked.output / "states").exists()  # all of it was said before anything was encoded
+
+
+def test_a_training_run_is_no_place_for_a_probe(asked, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=r"out is a run of `mlalign train`: choose a directory in it"):
+        probe(asked)
+
+
+def test_a_disk_too_small_for_the_states_is_said_first(asked, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
+    with pytest.raises(UserError, match=r"needs 0\.0 GiB for states, and 0\.0 GiB are free: give fewer"):
+        probe(asked)
+
+
+def test_only_its_own_states_are_deleted(asked):
+    probe(replace(asked, max_sentences=5))  # kept
+    others = sorted((asked.output / "states").iterdir())
+    probe(replace(asked, keep_states=False))
+    assert sorted((asked.output / "states").iterdir()) == others
+
+
+def test_one_process_probes_with_offloaded_zero3(asked, tmp_path):
+    alone = probe(asked)
+    command = [
+        sys.executable,
+        "-m",
+        "mlalign",
+        "probe",
+        asked.model,
+        "--data",
+        asked.data,
+        "--output",
+        str(tmp_path / "z"),
+    ]
+    command += ["--deepspeed", "ds_configs/zero3_offload.json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=alone_in_the_world())
+    assert done.returncode == 0, done.stderr
+    sharded = json.loads((tmp_path / "z" / "probe.json").read_text())
+    for measure in MEASURES:
+        one, other = (each["models"]["model"]["mean"]["mean"][measure] for each in (alone, sharded))
+        assert one == pytest.approx(other, abs=1e-5)
 
 
 def test_states_that_are_no_numbers_name_the_sentence_and_the_layer(asked, tiny_model, tokenizer, tmp_path):

@@ -123,6 +123,37 @@ def test_ties_everywhere(seed):
     check_all_directions(states, ids, ("cosine", "mexa"))
 
 
+@pytest.mark.parametrize("scale", [1, 100, 10_000])
+def test_layers_where_every_cosine_is_nearly_one_are_exact(scale):
+    """As where one coordinate of an LLM's states outgrows all others: plain fp32 cosines find next to nothing there."""
+    generator = torch.Generator().manual_seed(8)
+    meaning, noise = (torch.randn(size, 300, 512, generator=generator) for size in (1, 2))
+    states = meaning + 2 * noise
+    states[..., 0] += 30 * scale
+    x, y = torch.nn.functional.normalize(states.double(), dim=2)
+    cosines = x @ y.T
+    assert cosines.min() > {1: 0.0, 100: 0.99, 10_000: 0.9999999}[scale]
+    near, index = cosines.topk(4, dim=1)
+    average = (near.mean(1, keepdim=True) + cosines.topk(4, dim=0).values.mean(0)[index]) / 2
+    best = {"cosine": near, "margin_distance": near - average, "margin_ratio": near / average}
+    scores = retrieval.retrieval(states, torch.arange(300).expand(2, -1))
+    for name, values in best.items():
+        found = index.gather(1, values.argmax(1, keepdim=True)).squeeze(1) == torch.arange(300)
+        assert scores[name][0, 1].item() == pytest.approx(found.double().mean().item(), abs=1.5 / 300), name
+        assert scores[name][0, 1] > 0.5
+    if scale == 10_000:
+        x, y = torch.nn.functional.normalize(states, dim=2)
+        assert ((x @ y.T).argmax(1) == torch.arange(300)).float().mean() < 0.2
+
+
+def test_cka_of_a_language_whose_states_are_all_the_same_is_not_a_number():
+    states = noisy_translations(3, 12, 8, 9)
+    states[1] = states[1, :1] + 0.1
+    measured = retrieval.linear_cka(states)
+    assert measured[1].isnan().all()
+    assert measured[0, 2].isfinite()
+
+
 def laser_xsim(x: torch.Tensor, y: torch.Tensor, margin: str, k: int = 4) -> float:
     """xSIM of Heffernan et al. 2022 with the margins of Artetxe & Schwenk 2019, equations 1 to 3, sentence by sentence.
 

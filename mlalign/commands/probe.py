@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from mlalign import __version__, distributed
-from mlalign.config import Model
+from mlalign.config import Model, read_deepspeed
 from mlalign.errors import UserError
 from mlalign.model import load_model_config
 from mlalign.parallel import Parallel, read_parallel
@@ -36,6 +36,7 @@ from mlalign.probe_report import (
     language_groups,
     measure_layer,
     recommend,
+    shared_languages,
 )
 from mlalign.probe_show import draw, log, show
 from mlalign.rundir import make_writable, write_whole
@@ -68,40 +69,56 @@ class Settings:
 
 def probe(settings: Settings) -> dict:
     """Measure, write and show everything; returns what `probe.json` holds, on every rank."""
-    if distributed.launched():
+    if settings.deepspeed and read_deepspeed(settings.deepspeed)["zero_optimization"]["stage"] != 3:
+        raise UserError(
+            f"deepspeed: {settings.deepspeed} is not ZeRO stage 3, and others shard nothing that a probe has"
+        )
+    if distributed.launched() or settings.deepspeed:
         distributed.init()
     start = time.monotonic()
+    if settings.metric and not settings.reports:
+        raise UserError(f"metric {settings.metric} belongs to a --report, and there is none")
     reports = {str(path): _read_report(path, settings.metric) for path in settings.reports}
     with distributed.on_main():
         if distributed.is_main():
-            make_writable(settings.output, "output")
+            _claim(settings.output)
     encoders = _encoders(settings)
     parallel = read_parallel(settings.data, settings.languages, settings.max_sentences, settings.split)
+    _check_reports(reports, parallel)
     folder = settings.output / "states"
-    files = {name: state_files(encoder, parallel, folder) for name, encoder in encoders.items()}
+    # Rank 0's names count: on another host the same weights may have other times.
+    files = distributed.broadcast_object(
+        {name: state_files(encoder, parallel, folder) for name, encoder in encoders.items()}
+    )
     fingerprint = _fingerprint(parallel, files)
     result = distributed.broadcast_object(_finished(settings.output, fingerprint))
     if result is None:
         say(_describe(parallel, encoders))
-        cut = {}
+        with distributed.on_main():
+            if distributed.is_main():
+                _check_space(parallel, encoders, files, settings.output)
         for name, encoder in encoders.items():
-            cut[name] = encode(encoder, parallel, files[name], settings.batch_size, settings.deepspeed)
+            encode(encoder, parallel, files[name], settings.batch_size, settings.deepspeed)
         encoded = time.monotonic()
         distributed.barrier()  # the files are whole before any rank reads them
-        measured = _measure(parallel, encoders, files)
+        measured = _measure(parallel, encoders, files, folder, fingerprint)
         result = _result(settings, parallel, encoders, measured, fingerprint)
         say(f"encoding took {encoded - start:.1f} s, scoring {time.monotonic() - encoded:.1f} s")
     else:
         say(f"{settings.output / 'probe.json'} holds this very probe: nothing is measured again")
     curves = _curves(result)
-    result["correlation"] = _correlation(next(iter(curves.values())), reports, parallel)
+    result["correlation"] = {
+        report: {"metric": metric, "languages": [list(pair) for pair in shared_languages(parallel.languages, scores)]}
+        | {name: correlate(each, scores) for name, each in curves.items()}
+        for report, (metric, scores) in reports.items()
+    }
     if distributed.is_main():
         try:
             write_whole(settings.output / "probe.json", json.dumps(_finite(result)) + "\n")
             draw(result, curves, reports, settings.output)
             log(result, curves, settings.output)
             if not settings.keep_states:
-                shutil.rmtree(folder, ignore_errors=True)
+                _forget(folder, files, fingerprint)
         except OSError as error:
             raise UserError(f"output {settings.output} cannot be written: {error.strerror or error}") from error
         show(result, curves, settings.output)
@@ -117,6 +134,8 @@ def _encoders(settings: Settings) -> dict[str, Encoder]:
     unknown = [name for name in settings.pooling if name not in POOLERS]
     if unknown:
         raise UserError(f"pooling {unknown[0]} is none of {', '.join(POOLERS)}")
+    if len(set(settings.pooling)) < len(settings.pooling):
+        raise UserError(f"pooling {','.join(settings.pooling)} names one twice")
     layers = tuple(_layers(settings.layers, depth))
     how = {
         "layers": layers,
@@ -124,6 +143,8 @@ def _encoders(settings: Settings) -> dict[str, Encoder]:
         "pool_bos": settings.pool_bos,
         "precision": settings.precision,
     }
+    if settings.adapter is not None and not Path(settings.adapter).is_dir():
+        raise UserError(f"adapter {settings.adapter} is no directory")
     first = Encoder(settings.model, settings.adapter, **how)
     if settings.compare is None:
         return {"model": first}
@@ -144,8 +165,8 @@ def _layers(text: str | None, depth: int) -> list[int]:
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UserError(f"layers {text!r} must be numbers and ranges, such as 0-8,16")
         found |= set(range(int(first), int(last or first) + 1))
-    if not found:
-        raise UserError(f"layers {text!r} holds no layer")
+    if not found - {0}:
+        raise UserError(f"layers {text!r} must hold a layer that can be aligned, 1 or higher")
     if max(found) > depth:
         raise UserError(f"layers {text}: {max(found)} is out of range, the model has layers 0 to {depth}")
     return sorted(found)
@@ -175,7 +196,7 @@ def _read_report(path: Path, metric: str | None) -> tuple[str, dict[str, float]]
     except (OSError, ValueError) as error:
         raise UserError(f"report {path} cannot be read: {error}") from error
     metrics = {
-        name: {language: value for language, value in scores.items() if isinstance(value, int | float)}
+        name: scores
         for name, scores in (report.items() if isinstance(report, dict) else [])
         if isinstance(scores, dict) and name != "rows"
     }
@@ -183,7 +204,48 @@ def _read_report(path: Path, metric: str | None) -> tuple[str, dict[str, float]]
         metric = next(iter(metrics))
     if metric not in metrics:
         raise UserError(f"report {path} has no metric {metric}, but {', '.join(metrics) or 'none at all'}")
+    for language, score in metrics[metric].items():
+        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            raise UserError(f"report {path}: {metric} of {language} is {score!r}, which is no number")
     return metric, metrics[metric]
+
+
+def _check_reports(reports: dict[str, tuple[str, dict[str, float]]], parallel: Parallel) -> None:
+    for name, (_, scores) in reports.items():
+        shared = shared_languages(parallel.languages, scores)
+        if len(shared) < 3:
+            raise UserError(
+                f"report {name} shares {len(shared)} languages with the probe, but a correlation needs 3: it has "
+                f"{', '.join(scores)}, the probe {', '.join(parallel.languages)}"
+            )
+
+
+def _claim(output: Path) -> None:
+    """Make the output directory; one of a training run is refused, for a probe has pictures and curves of its own."""
+    make_writable(output, "output")
+    if (output / "metrics.jsonl").exists() or (output / "checkpoints").exists():
+        raise UserError(
+            f"output {output} is a run of `mlalign train`: choose a directory in it, such as {output}/probe"
+        )
+
+
+def _check_space(
+    parallel: Parallel, encoders: dict[str, Encoder], files: dict[str, dict[str, Path]], output: Path
+) -> None:
+    """Say what the states take on disk, and refuse before the first sentence what would not fit."""
+    needed = 0
+    for name, encoder in encoders.items():
+        hidden = load_model_config(Model(path=encoder.model)).get_text_config().hidden_size
+        missing = sum(len(parallel.texts[language]) for language, path in files[name].items() if not path.exists())
+        needed += 4 * missing * hidden * len(encoder.layers) * len(encoder.poolings)
+    free = shutil.disk_usage(output).free
+    if needed > free:
+        raise UserError(
+            f"output {output} needs {needed / 2**30:.1f} GiB for states, and {free / 2**30:.1f} GiB are free: give "
+            "fewer --layers or --max-sentences, or another --output"
+        )
+    if needed > 2**30:
+        say(f"states will take {needed / 2**30:.1f} GiB in {output}, until all is measured")
 
 
 def _fingerprint(parallel: Parallel, files: dict[str, dict[str, Path]]) -> str:
@@ -204,9 +266,13 @@ def _finished(output: Path, fingerprint: str) -> dict | None:
 
 
 def _measure(
-    parallel: Parallel, encoders: dict[str, Encoder], files: dict[str, dict[str, Path]]
+    parallel: Parallel,
+    encoders: dict[str, Encoder],
+    files: dict[str, dict[str, Path]],
+    folder: Path,
+    fingerprint: str,
 ) -> dict[tuple[str, str, int], dict[str, np.ndarray]]:
-    """(model, pooling, layer) -> measures; the ranks take turns."""
+    """(model, pooling, layer) -> measures; the ranks take turns. What is measured is kept, so that nothing is twice."""
     work = [
         (name, pooling, number, layer)
         for name, encoder in encoders.items()
@@ -219,7 +285,18 @@ def _measure(
         def load(language: str, paths=files[name], number=number, layer=layer):
             return load_layer(paths[language], number, layer)
 
-        own[name, pooling, encoders[name].layers[layer]] = measure_layer(parallel, load, distributed.device())
+        number_of_layer = encoders[name].layers[layer]
+        kept = folder / f"{fingerprint}-{name}-{pooling}-{number_of_layer}.npz"
+        if not kept.exists():
+            start = time.monotonic()
+            found = measure_layer(parallel, load, distributed.device())
+            aside = kept.with_suffix(".partial.npz")
+            np.savez(aside, **found)
+            aside.rename(kept)
+            seconds = time.monotonic() - start
+            if seconds > 5:
+                say(f"measured layer {number_of_layer} of {name}, {pooling}, {seconds:.1f} s")
+        own[name, pooling, number_of_layer] = dict(np.load(kept))
     return {key: value for part in distributed.gather_objects(own) for key, value in part.items()}
 
 
@@ -241,8 +318,8 @@ def _result(
         mean                             measure -> [layer]: over all directions
         groups                           group -> measure -> [layer]: over its languages' directions from and to them
         by_language                      measure -> [layer][language]
-        directions                       measure -> [layer][src][tgt], null on the diagonal}
-    correlation                      of the first model: report -> {metric, languages, and by layer pearson, ...}
+        directions                       measure -> [layer][src][tgt], null where nothing was measured}
+    correlation                      report -> {metric, languages, and of each model by layer pearson, pearson_p, ...}
     """
     first = next(iter(encoders.values()))
     layers = list(first.layers)
@@ -301,16 +378,12 @@ def _curves(result: dict) -> dict[str, Curves]:
     return curves
 
 
-def _correlation(curves: Curves, reports: dict[str, tuple[str, dict[str, float]]], parallel: Parallel) -> dict:
-    found = {}
-    for name, (metric, scores) in reports.items():
-        found[name] = {"metric": metric} | correlate(curves, scores)
-        if len(found[name]["languages"]) < 3:
-            raise UserError(
-                f"report {name} shares {len(found[name]['languages'])} languages with the probe, but a correlation "
-                f"needs 3: it has {', '.join(scores)}, the probe {', '.join(parallel.languages)}"
-            )
-    return found
+def _forget(folder: Path, files: dict[str, dict[str, Path]], fingerprint: str) -> None:
+    """Delete the states of this probe, and no other's."""
+    for path in [*(path for each in files.values() for path in each.values()), *folder.glob(f"{fingerprint}-*.npz")]:
+        path.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _finite(value):
