@@ -60,7 +60,11 @@ def measure_layer(
     counts = {name: np.zeros(shape) for name in DIRECTED}
     for table in parallel.tables:
         ids = torch.tensor([table[language] for language in sorted(table)], device=device)
-        rows = torch.stack([load(language).to(device)[ids[number]] for number, language in enumerate(sorted(table))])
+        rows = None
+        for number, language in enumerate(sorted(table)):
+            states = load(language).to(device)[ids[number]]
+            rows = states.new_empty(len(table), *states.shape) if rows is None else rows
+            rows[number] = states
         place = np.ix_(*[[languages.index(language) for language in sorted(table)]] * 2)
         measured = retrieval.retrieval(rows, ids)
         measured |= {"cka": retrieval.linear_cka(rows), "anisotropy": retrieval.anisotropy(rows)}

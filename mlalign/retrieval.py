@@ -13,6 +13,8 @@ to tell them apart. So unit rows are made in fp64 and their common mean is taken
 is and is exact where they crowd; products are then in fp32. Work is done in blocks of languages.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
@@ -45,19 +47,18 @@ def retrieval(states: torch.Tensor, ids: torch.Tensor, k: int = NEIGHBOURS) -> d
     Args: states [languages, sentences, hidden]; ids [languages, sentences], see above.
     Returns: matrices, fp64 on the CPU, NaN on the diagonal.
     """
-    languages, sentences, _ = states.shape
-    rows = torch.stack(_centred(states))
-    halves = rows.square().sum(2, keepdim=True) / 2
-    ones = torch.ones_like(halves)
-    tie = 2 * _TIE * halves.mean()
-    # cos - 1 = -|x - y|^2 / 2 = xy - x^2 / 2 - y^2 / 2 for unit x and y, as one product of longer rows
-    rows = torch.cat([rows, -halves, ones], dim=2)
+    languages, sentences, hidden = states.shape
+    # cos - 1 = -|x - y|^2 / 2 = xy - y^2 / 2 - x^2 / 2 for unit x and y: the product of (x, 1, -x^2 / 2) with rows
+    rows = torch.ones(languages, sentences, hidden + 2, device=states.device)
+    for row, centred in zip(rows, _centred(states)):
+        row[:, :hidden], row[:, hidden] = centred, -centred.square().sum(1) / 2
+    tie = -2 * _TIE * rows[:, :, hidden].mean()
     names = ("cosine", "margin_distance", "margin_ratio", "mexa")
     scores = {name: torch.full((languages, languages), torch.nan, dtype=torch.float64) for name in names}
     k = min(k, sentences)
     step = max(_BLOCK // sentences**2, 1)
     for a in range(languages):
-        own = torch.cat([rows[a, :, :-2], ones[a], -halves[a]], dim=1)
+        own = rows[a, :, [*range(hidden), hidden + 1, hidden]]
         for first in range(a + 1, languages, step):
             block = slice(first, min(first + step, languages))
             nearness = own @ rows[block].transpose(1, 2)  # [block, sentences of a, sentences of b]
@@ -119,7 +120,7 @@ def separability(states: list[torch.Tensor]) -> torch.Tensor:
     Args: states: per language [its sentences, hidden].
     Returns: [languages], fp64 on the CPU; 1 / languages is chance.
     """
-    rows = _centred(states)
+    rows = list(_centred(states))
     right = torch.zeros(len(rows), dtype=torch.float64)
     for half in (0, 1):
         centroids = torch.stack([each[half::2].mean(0) for each in rows])
@@ -135,10 +136,11 @@ def _unit(rows: torch.Tensor) -> torch.Tensor:
     return F.normalize(rows.float(), dim=-1)
 
 
-def _centred(states: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
+def _centred(states: torch.Tensor | list[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Unit rows less their common mean, language by language in fp64: per language [sentences, hidden], fp32."""
     mean = sum(F.normalize(each.double(), dim=-1).mean(0) for each in states) / len(states)
-    return [(F.normalize(each.double(), dim=-1) - mean).float() for each in states]
+    for each in states:
+        yield (F.normalize(each.double(), dim=-1) - mean).float()
 
 
 def _found(
