@@ -23,15 +23,6 @@ _TIE = 2.0**-20  #: of the rows' mean squared length: what fp32 products of that
 _BLOCK = 2**22  #: similarities held at once: 16 MB, near a CPU's cache and enough for a GPU
 
 
-def accuracy(src: torch.Tensor, tgt: torch.Tensor) -> float:
-    """Top-1 retrieval accuracy of one direction by cosine, for rows that are all distinct sentences.
-
-    Args: src, tgt [sentences, hidden], row n of one translates row n of the other.
-    """
-    ids = torch.arange(len(src), device=src.device).expand(2, -1)
-    return retrieval(torch.stack([src, tgt]), ids)["cosine"][0, 1].item()
-
-
 def retrieval(states: torch.Tensor, ids: torch.Tensor, k: int = NEIGHBOURS) -> dict[str, torch.Tensor]:
     """Every direction's top-1 accuracy by cosine and by margin, and MEXA: name -> [src languages, tgt languages].
 

@@ -194,8 +194,11 @@ def test_margins_are_those_of_lasers_xsim_on_real_sentences(tiny_model):
 def test_retrieval_accuracy_by_hand():
     src = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     tgt = torch.tensor([[2.0, 0.1], [0.1, 3.0], [5.0, 0.0]])  # the third is nearest to the first
-    assert retrieval.accuracy(src, tgt) == pytest.approx(1 / 3)
-    assert retrieval.accuracy(src, src) == 1
+    ids = torch.arange(3).expand(2, -1)
+    found = retrieval.retrieval(torch.stack([src, tgt]), ids)["cosine"]
+    assert found[0, 1] == pytest.approx(1 / 3)
+    assert found[1, 0] == pytest.approx(2 / 3)
+    assert retrieval.retrieval(torch.stack([src, src]), ids)["cosine"][0, 1] == 1
 
 
 def test_anisotropy_equals_a_naive_loop():

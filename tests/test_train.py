@@ -229,8 +229,15 @@ def reference_dev_values(config: Config) -> dict[str, float]:
         own = [pair for pair in pairs if pair.language == language]
         sides = [[reference.embed(lm, ids, 2) for ids in side] for side in zip(*((p.src, p.tgt) for p in own))]
         for src, tgt in (sides, sides[::-1]):
-            nearest = [max(range(len(own)), key=lambda j, a=a, tgt=tgt: float(a @ tgt[j])) for a in src]
-            hits.append(sum(i == j for i, j in enumerate(nearest)) / len(own))
+            found = 0
+            for a, pair in zip(src, own):
+                same = [other.keys[0] == pair.keys[0] or other.keys[1] == pair.keys[1] for other in own]
+                right, wrong = (
+                    [torch.cosine_similarity(a, b, dim=0) for b, one in zip(tgt, same) if one is wanted]
+                    for wanted in (True, False)
+                )
+                found += not wrong or float(max(right)) > float(max(wrong))
+            hits.append(found / len(own))
     return {
         "dev/task_loss": float(reference.task_loss(lm, dataset.task_dev)),
         "dev/alignment_loss": contrast,
