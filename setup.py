@@ -35,11 +35,14 @@ setup(
         "numpy>=2.4,<3",
         "scipy>=1.17,<2",
         "langcodes>=3.5.1,<4",
+        "language_data>=1.4,<2",  # names of languages, for langcodes
+        "py3langid>=0.4,<0.5",
+        "sacrebleu>=2.6,<2.7",  # its statistics of sentences are private, see tasks/translation.py
+        "seqeval>=1.2.2,<2",
         "ninja>=1.13,<2",  # builds DeepSpeed's CPU ops on first use
     ],
     extras_require={
         "flash": ["flash-attn>=2.8"],
-        "eval": ["sacrebleu>=2.6,<3", "seqeval>=1.2.2,<2"],
         "dev": ["pytest>=9,<10", "pytest-timeout>=2.4,<3", "ruff>=0.17,<0.18"],
     },
     entry_points={"console_scripts": ["mlalign=mlalign.__main__:main"]},

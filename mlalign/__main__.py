@@ -48,19 +48,75 @@ def inspect(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A directory or hub id.")],
-    test: Annotated[list[str], typer.Option(help="Files or globs of task rows with `lang`; may be repeated.")],
-    output: Annotated[Path, typer.Option(help="Directory for report.json and predictions.jsonl.")],
-    adapter: Annotated[str | None, typer.Option(help="A peft adapter, such as RUN_DIR/adapter.")] = None,
-    task: Annotated[str, typer.Option(help="How answers are scored.")] = "slot_filling",
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    output: Annotated[Path, typer.Option(help="Directory for the report and the predictions.")],
+    task: Annotated[str, typer.Option(help="slot_filling, translation, json_extraction or items.")],
+    model: Annotated[str | None, typer.Argument(help="A directory or hub id.")] = None,
+    test: Annotated[
+        list[str] | None, typer.Option(help="Files or globs of task rows with `lang`; may be repeated.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="A peft adapter or a RUN_DIR; several are evaluated one by one.")
+    ] = None,
+    backend: Annotated[Literal["hf", "vllm"], typer.Option(help="What generates; vllm must be installed.")] = "hf",
+    precision: Annotated[Precision, typer.Option(help="auto = bf16 on CUDA, else fp32.")] = "auto",
+    beams: Annotated[int, typer.Option(min=1, help="1 = greedy.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of one batch on one rank.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Rows per language; all by default.")] = None,
+    comet: Annotated[str | None, typer.Option(help="Such as Unbabel/wmt22-comet-da; needs comet-score.")] = None,
+    supervised: Annotated[str | None, typer.Option(help="Languages with labels; default: as trained.")] = None,
+    aligned: Annotated[str | None, typer.Option(help="Languages of the bitext; default: as trained.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    score_only: Annotated[bool, typer.Option(help="Score the predictions in OUTPUT; no model is needed.")] = False,
 ) -> None:
-    """Generate answers for test files and score them per language."""
-    from mlalign.commands.evaluate import evaluate
+    """Generate answers for test files, and score them per language and group of languages."""
+    from mlalign.commands.evaluate import Settings, evaluate
 
-    evaluate(model, test, output, adapter, task, batch_size, max_new_tokens, max_rows)
+    settings = Settings(
+        output=output,
+        task=task,
+        model=model,
+        test=tuple(test or ()),
+        adapters=tuple(adapter or ()),
+        backend=backend,
+        precision=precision,
+        beams=beams,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        max_rows=max_rows,
+        comet=comet,
+        supervised=_codes(supervised),
+        aligned=_codes(aligned),
+        seed=seed,
+        score_only=score_only,
+    )
+    evaluate(settings)
+
+
+@app.command()
+def compare(
+    evaluations: Annotated[list[Path], typer.Argument(help="What `mlalign evaluate` wrote, the baseline first.")],
+    output: Annotated[Path, typer.Option(help="Directory for compare.md, compare.json and compare.png.")],
+    names: Annotated[str | None, typer.Option(help="Such as task_only,aligned; default: from the paths.")] = None,
+    metric: Annotated[str | None, typer.Option(help="The task's leading one by default.")] = None,
+    supervised: Annotated[str | None, typer.Option(help="Languages with labels; default: as trained.")] = None,
+    aligned: Annotated[str | None, typer.Option(help="Languages of the bitext; default: as trained.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+) -> None:
+    """Put evaluations side by side: differences per language and group, by paired bootstrap."""
+    from mlalign.commands.compare import Settings, compare
+
+    compare(
+        Settings(
+            evaluations=tuple(evaluations),
+            output=output,
+            names=_codes(names),
+            metric=metric,
+            supervised=_codes(supervised),
+            aligned=_codes(aligned),
+            seed=seed,
+        )
+    )
 
 
 @app.command()
@@ -100,7 +156,7 @@ def probe(
         output=output,
         adapter=adapter,
         compare=compare,
-        languages=None if languages is None else [code.strip() for code in languages.split(",")],
+        languages=_codes(languages),
         max_sentences=max_sentences,
         layers=layers,
         pooling=tuple(pooling.split(",")),
@@ -139,6 +195,11 @@ def demo(
     from mlalign.commands.demo import demo
 
     demo(output, seed)
+
+
+def _codes(text: str | None) -> list[str] | None:
+    """`en, de` -> [en, de]."""
+    return None if text is None else [code.strip() for code in text.split(",") if code.strip()]
 
 
 def main() -> None:

@@ -103,8 +103,10 @@ def load(engine, run_dir: Path, name: str) -> tuple[dict[str, Any], dict[str, An
     return state, torch.load(folder / name / f"rank-{distributed.rank()}.pt", weights_only=True)
 
 
-def export(engine, tokenizer, run_dir: Path) -> Path:
+def export(engine, tokenizer, run_dir: Path, training: dict[str, list[str]]) -> Path:
     """Write the adapter (peft's format) or the whole model (transformers' format), and the tokenizer. All ranks.
+
+    `training` goes beside them as mlalign.json: the languages that were `supervised` and `aligned`, for reports.
 
     Adapters are written from the fp32 master weights (under ZeRO-0 with bf16 from the bf16 weights), whole models in
     the precision of training.
@@ -121,6 +123,7 @@ def export(engine, tokenizer, run_dir: Path) -> Path:
         with _said_in_one_sentence(aside):
             lm.save_pretrained(str(aside), state_dict=weights)
             tokenizer.save_pretrained(str(aside))
+            (aside / "mlalign.json").write_text(json.dumps(training) + "\n")
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)

@@ -23,6 +23,7 @@ from mlalign.errors import UserError
 from mlalign.loss import IGNORED
 from mlalign.rows import Row, read_rows
 
+UNKNOWN = "?"  #: the language of a task row that does not say it
 TASK_FIELDS = ("messages", "prompt", "completion", "lang", "id")
 BITEXT_FIELDS = ("src", "tgt", "src_lang", "tgt_lang", "translation", "id")
 
@@ -67,7 +68,8 @@ class Counts:
     truncated: int = 0  #: kept, but cut at max_length
     dropped: dict[str, int] = field(default_factory=dict)  #: reason -> rows
     masked_turns: int = 0  #: assistant turns that the chat template renders differently in context, not learned
-    languages: dict[str, int] = field(default_factory=dict)
+    languages: dict[str, int] = field(default_factory=dict)  #: rows by language, or by language pair
+    sides: set[str] = field(default_factory=set)  #: languages of bitext
 
     def drop(self, reason: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -77,6 +79,8 @@ class Counts:
         self.tokens += len(example)
         self.truncated += truncated
         self.languages[example.language] = self.languages.get(example.language, 0) + 1
+        if isinstance(example, Pair):
+            self.sides.update(example.languages)
 
     def __str__(self) -> str:
         """One line for the console."""
@@ -140,7 +144,7 @@ def load_task(sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_len
         if not learned:
             counts.drop("nothing left to learn after truncation")
             return None
-        language = row.get("lang") or source.language or "?"
+        language = row.get("lang") or source.language or UNKNOWN
         example = TaskExample(ids, labels, learned, str(language))
         counts.keep(example, truncated)
         return example

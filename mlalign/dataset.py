@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from mlalign.config import Alignment, Config, Task
-from mlalign.data import Counts, Pair, TaskExample, load_bitext, load_task
+from mlalign.data import UNKNOWN, Counts, Pair, TaskExample, load_bitext, load_task
 from mlalign.errors import UserError
 from mlalign.sampler import GlobalOrder, in_memory, streamed
 
@@ -23,6 +23,11 @@ class Dataset:
     @property
     def has_dev(self) -> bool:
         return bool(self.task_dev or self.bitext_dev)
+
+    def languages(self) -> dict[str, list[str]]:
+        """`supervised`: languages of the task's training rows; `aligned`: of the bitext, both sides."""
+        task, bitext = (self.counts.get(f"{name}.train", Counts()) for name in ("task", "alignment"))
+        return {"supervised": sorted(task.languages.keys() - {UNKNOWN}), "aligned": sorted(bitext.sides)}
 
 
 def load_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
@@ -24,6 +24,7 @@ from mlalign.config import Config, Lora, Model
 from mlalign.errors import UserError
 from mlalign.loss import token_nll
 from mlalign.pooling import POOLERS
+from mlalign.tracker import say
 
 _NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
@@ -127,18 +128,43 @@ def add_lora(lm: PreTrainedModel, lora: Lora) -> PeftModel:
 def load_for_inference(
     settings: Model, adapter: str | None = None, deepspeed_config: dict[str, Any] | None = None
 ) -> nn.Module:
-    """A model in eval mode on this rank's device, with an adapter's weights merged in where one is given.
+    """A model in eval mode on this rank's device, with an adapter where one is given.
 
-    Args: deepspeed_config: for ZeRO-3, where the model is not moved and the adapter stays beside its shards.
+    In fp32 the adapter is merged into the weights; in bf16 it stays beside them, for their sum would be rounded to a
+    model that was never trained.
+    Args: deepspeed_config: for ZeRO-3, where the model is not moved and the adapter stays beside its shards too.
+    Raises UserError for an adapter that does not fit the model to the last tensor.
     """
     lm = load_lm(settings, deepspeed_config)
     if adapter is not None:
-        try:
-            lm = PeftModel.from_pretrained(lm, adapter)
-            lm = lm if deepspeed_config else lm.merge_and_unload()
-        except Exception as error:  # of peft, safetensors, json
-            raise UserError(f"adapter {adapter} cannot be loaded: {_first_line(error)}") from error
+        lm = _with_adapter(lm, adapter, settings.path)
+        if not deepspeed_config and precision_dtype(settings.precision) == torch.float32:
+            lm = lm.merge_and_unload()
     return (lm if deepspeed_config else lm.to(distributed.device())).eval()
+
+
+def _with_adapter(lm: PreTrainedModel, adapter: str, model: str) -> PeftModel:
+    try:
+        trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        saved = load_peft_weights(adapter, device="cpu")
+    except Exception as error:  # of peft, safetensors, json
+        raise UserError(f"adapter {adapter} cannot be loaded: {_first_line(error)}") from error
+    try:
+        lm = PeftModel.from_pretrained(lm, adapter)
+    except Exception as error:
+        raise UserError(
+            f"adapter {adapter} does not fit {model}, it was trained on {trained_on}: {_last_line(error)}"
+        ) from error
+    # peft only warns of tensors that have no place in the model, or of places that got none
+    strange = saved.keys() ^ get_peft_model_state_dict(lm).keys()
+    if strange:
+        raise UserError(
+            f"adapter {adapter} does not fit {model}, it was trained on {trained_on}: {len(strange)} tensors have no "
+            f"counterpart, such as {min(strange)}"
+        )
+    if trained_on and trained_on.rstrip("/") != model.rstrip("/"):
+        say(f"adapter {adapter} was trained on {trained_on}; here it is put on {model}")
+    return lm
 
 
 # ------------------------------------------------------------------------------------------------- truncated forward
@@ -342,3 +368,7 @@ def grad_norm(engine) -> float:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__

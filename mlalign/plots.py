@@ -12,6 +12,7 @@ import numpy as np
 _COLOURS = ["#777777", "#0b4f9e", "#d08a00", "#5b2a86"]  # of series; their lightness differs
 _MARKERS = ["o", "s", "^", "D"]
 _LINES = ["-", ":", "--", "-."]  # of groups
+_BARS = [("#bbbbbb", "//"), ("#0b4f9e", ""), ("#d08a00", ".."), ("#5b2a86", "xx")]  # of systems: colour, hatch
 _HEAT = "cividis"  # lightness grows with the value
 
 
@@ -104,15 +105,18 @@ def plot_scores(bars: dict[str, dict[str, float]], path: Path, metric: str) -> N
     """Grouped bars per language, one group member per name: `{name: {language: value}}`."""
     languages = list(next(iter(bars.values())))
     width = 0.8 / len(bars)
-    figure, axes = plt.subplots(figsize=(max(6.0, 0.9 * len(languages)), 4), layout="constrained")
+    inches = min(24.0, max(6.0, 0.45 * len(bars) * len(languages)))
+    figure, axes = plt.subplots(figsize=(inches, 4), layout="constrained")
     for number, (name, values) in enumerate(bars.items()):
         places = [i + (number - (len(bars) - 1) / 2) * width for i in range(len(languages))]
         heights = [values[language] for language in languages]
-        colour, hatch = (("#bbbbbb", "//"), ("#0b4f9e", ""))[number % 2]
+        colour, hatch = _BARS[number % len(_BARS)]
         drawn = axes.bar(places, heights, width, label=name, color=colour, hatch=hatch, edgecolor="white")
-        axes.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
-    axes.set(ylabel=metric, ylim=(0, 1.12))
-    axes.set_xticks(range(len(languages)), languages)
+        if inches / (len(bars) * len(languages)) > 0.3:  # else the numbers would run into each other
+            axes.bar_label(drawn, fmt="%.2f" if max(heights) <= 1 else "%.1f", fontsize=7, padding=2)
+    top = max(1.0, *(value for values in bars.values() for value in values.values()))
+    axes.set(ylabel=metric, ylim=(0, 1.12 * top), xlim=(-0.6, len(languages) - 0.4))
+    axes.set_xticks(range(len(languages)), languages, rotation=90 if len(languages) > 20 else 0)
     axes.legend(frameon=False, loc="upper center", ncols=len(bars), bbox_to_anchor=(0.5, 1.12))
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -6,6 +6,8 @@ environment.txt    of every start               tensorboard/      the same as me
 metrics.jsonl      one line per log step
 """
 
+import hashlib
+import json
 import os
 import platform
 from importlib.metadata import version
@@ -59,6 +61,19 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.rename(path)
+
+
+def digest(value: object) -> str:
+    """Stands for a value that JSON can hold: equal values, equal digests."""
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
+
+
+def files_of(path: str | None) -> list:
+    """Of a directory: names, sizes and times of its files, so that results of older weights are never taken."""
+    if path is None or not os.path.isdir(path):
+        return []
+    files = [entry for entry in os.scandir(path) if entry.is_file()]
+    return sorted([entry.name, entry.stat().st_size, entry.stat().st_mtime_ns] for entry in files)
 
 
 def _environment() -> str:

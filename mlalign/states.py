@@ -4,8 +4,6 @@ A state file holds one language: [poolings, layers, distinct sentences, hidden],
 of the model, the settings and the sentences, so that an interrupted probe encodes only what it lacks.
 """
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -32,6 +30,7 @@ from mlalign.model import (
 )
 from mlalign.parallel import Parallel
 from mlalign.pooling import POOLERS
+from mlalign.rundir import digest, files_of
 from mlalign.tracker import say
 
 
@@ -52,8 +51,8 @@ class Encoder:
         """Stands for everything but the sentences that states depend on, the weights' files included."""
         revision = [] if os.path.isdir(self.model) else [load_model_config(Model(path=self.model))._commit_hash]
         precision = str(precision_dtype(self.precision))  # auto is bf16 on one machine and fp32 on another
-        parts = [asdict(self), __version__, precision, revision, _files_of(self.model), _files_of(self.adapter)]
-        return _digest(parts)
+        parts = [asdict(self), __version__, precision, revision, files_of(self.model), files_of(self.adapter)]
+        return digest(parts)
 
 
 class LayerStates(nn.Module):
@@ -100,7 +99,7 @@ def state_files(encoder: Encoder, parallel: Parallel, folder: Path) -> dict[str,
     """Language -> where its states are, or will be."""
     fingerprint = encoder.fingerprint()
     return {
-        language: folder / f"{language}-{_digest([fingerprint, parallel.texts[language]])}.npy"
+        language: folder / f"{language}-{digest([fingerprint, parallel.texts[language]])}.npy"
         for language in parallel.languages
     }
 
@@ -209,15 +208,3 @@ def _write(states: np.ndarray, path: Path) -> None:
         aside.unlink(missing_ok=True)
         gib = states.nbytes / 2**30
         raise UserError(f"{path} ({gib:.2f} GiB of states) cannot be written: {error.strerror or error}") from error
-
-
-def _digest(value: object) -> str:
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
-
-
-def _files_of(path: str | None) -> list:
-    """Of a directory: names, sizes and times of its files, so that states of older weights are never taken."""
-    if path is None or not os.path.isdir(path):
-        return []
-    files = [entry for entry in os.scandir(path) if entry.is_file()]
-    return sorted([entry.name, entry.stat().st_size, entry.stat().st_mtime_ns] for entry in files)

@@ -91,6 +91,8 @@ def demo(folder: Path, seed: int) -> dict:
         _mlalign(
             "evaluate",
             folder / name / "model",
+            "--task",
+            "items",
             "--test",
             folder / "data/test/*.jsonl",
             "--output",
@@ -183,7 +185,7 @@ def _run(command: list[object], threads: int) -> None:
 
 
 def _report(folder: Path, seconds: float, seed: int) -> dict:
-    scores = {name: json.loads((folder / name / "evaluation/report.json").read_text())["f1"] for name in RUNS}
+    scores = {name: json.loads((folder / name / "evaluation/report.json").read_text())["scores"]["f1"] for name in RUNS}
     f1 = {name: {language: scores[name][language] for language in demo_data.LANGUAGES} for name in RUNS}
     probe = json.loads((folder / "probe/probe.json").read_text())
     languages, measured = probe["languages"], {when: each["mean"] for when, each in probe["models"].items()}

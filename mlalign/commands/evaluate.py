@@ -1,130 +1,284 @@
-"""`mlalign evaluate MODEL --test 'test.*.jsonl' --output DIR`: generate answers and score them per language.
+"""`mlalign evaluate MODEL --task T --test 'test.*.jsonl' --output DIR`: generate answers, and score them per language.
 
-Rows are task rows as for training, each with `lang`. Writes `predictions.jsonl` and `report.json`
-(`{"f1": {language: score}, "exact_match": {...}, "rows": {...}}`). Under a launcher the rows are shared out.
+Test rows are task rows as for training, each with `lang`. An interrupted evaluation goes on with the languages it
+lacks; under a launcher the ranks share every language's batches, and the answers do not depend on their number. Several
+`--adapter` are evaluated one after the other, each into its own directory. `--score-only` scores what is there.
+
+evaluation.json   what the predictions were made with      report.json, report.md   see `report`
+predictions/      one file per language, see `predictions`  tensorboard/             the same, as text and scalars
+comet/            with --comet: a score per row
 """
 
 import json
-import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 
-import torch
-from rich.table import Table
+from langcodes import tag_is_valid
 
-from mlalign import distributed
+from mlalign import distributed, report
+from mlalign.comet import comet_scores
 from mlalign.config import Model, Source
-from mlalign.data import TASK_FIELDS, answer_text, collate_ids, encode_prompt, pad_id
+from mlalign.data import answer_text, encode_prompt
 from mlalign.errors import UserError
-from mlalign.model import load_for_inference, load_tokenizer
+from mlalign.generation import Decoding, open_backend
+from mlalign.model import load_model_config, load_tokenizer
+from mlalign.predictions import (
+    Predictions,
+    prediction_file,
+    read_evaluation,
+    read_predictions,
+    write_predictions,
+)
 from mlalign.rows import read_rows
-from mlalign.tasks import TASKS
-from mlalign.tracker import console, say
+from mlalign.rundir import digest, files_of, make_writable, write_whole
+from mlalign.scoring import sides
+from mlalign.tasks import load_task
+from mlalign.tracker import say
 
-_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)  # what reasoning models write before the answer
+
+@dataclass(frozen=True)
+class Settings:
+    """What to evaluate, and how: the options of the command."""
+
+    output: Path
+    task: str
+    model: str | None = None
+    test: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+    backend: str = "hf"
+    precision: str = "auto"
+    beams: int = 1
+    batch_size: int = 32
+    max_new_tokens: int = 128
+    max_rows: int | None = None
+    comet: str | None = None
+    supervised: list[str] | None = None
+    aligned: list[str] | None = None
+    seed: int = 0
+    score_only: bool = False
 
 
-def evaluate(
-    model: str,
-    test: list[str],
-    output: Path,
-    adapter: str | None,
-    task: str,
-    batch_size: int,
-    max_new_tokens: int,
-    max_rows: int | None,
-) -> dict[str, dict[str, float]]:
-    """Score `model` (with `adapter`) on the test files; returns metric -> language -> value, on every rank."""
-    if task not in TASKS:
-        raise UserError(f"task {task} is none of {', '.join(TASKS)}")
+@dataclass
+class _Tests:
+    """Test rows of one language."""
+
+    places: list[str] = field(default_factory=list)  #: "file:line"
+    ids: list = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)
+    golds: list[dict] = field(default_factory=list)
+
+
+def evaluate(settings: Settings) -> list[dict]:
+    """Evaluate the model, or each of its adapters; returns what each `report.json` holds, on every rank."""
+    task = load_task(settings.task)
     if distributed.launched():
         distributed.init()
-    tokenizer = load_tokenizer(Model(path=model))
-    rows = _read(test, tokenizer, max_rows)
-    lm = load_for_inference(Model(path=model), adapter)
-    answers = _generate(lm, tokenizer, [row["prompt_ids"] for row in rows], batch_size, max_new_tokens)
-    report: dict[str, dict[str, float]] = {"rows": {}}
-    for language in sorted({row["lang"] for row in rows}):
-        index = [i for i, row in enumerate(rows) if row["lang"] == language]
-        scores = TASKS[task].score([answers[i] for i in index], [rows[i]["reference"] for i in index])
-        for metric, value in (scores | {"rows": len(index)}).items():
-            report.setdefault(metric, {})[language] = value
-    if distributed.is_main():
-        _write(output, rows, answers, report)
-        _print(report)
-        say(f"report in {output / 'report.json'}")
-    return report
-
-
-def _read(patterns: list[str], tokenizer, max_rows: int | None) -> list[dict]:
-    """All test rows, up to `max_rows` a language: lang, id, prompt_ids, reference."""
-    kept: list[dict] = []
-    seen: dict[str, int] = {}
-    for pattern in patterns:
-        for where, row in read_rows(Source(path=pattern)):
-            if not isinstance(row.get("lang"), str):
-                fields = ", ".join(name for name in TASK_FIELDS if name in row)
-                raise UserError(f"{where}: no text in field 'lang', which the report is by (found {fields})")
-            language = row["lang"]
-            seen[language] = seen.get(language, 0) + 1
-            if max_rows is None or seen[language] <= max_rows:
-                prompt_ids = encode_prompt(row, where, tokenizer)
-                reference = answer_text(row, where)
-                kept.append({"lang": language, "id": row.get("id"), "prompt_ids": prompt_ids, "reference": reference})
-    if not kept:
-        raise UserError(f"{' '.join(patterns)} hold no rows")
-    return kept
-
-
-@torch.inference_mode()
-def _generate(lm, tokenizer, prompts: list[list[int]], batch_size: int, max_new_tokens: int) -> list[str]:
-    """Greedy answers in the order of `prompts`; each rank generates a slice, all get all."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))[distributed.rank() :: distributed.world_size()]
-    ends = lm.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    pad = pad_id(tokenizer)
-    answers: dict[int, str] = {}
-    for start in range(0, len(order), batch_size):
-        index = order[start : start + batch_size]
-        batch = _left_padded([prompts[i] for i in index], pad, distributed.device())
-        tokens = lm.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=sorted(ends),
-            pad_token_id=pad,
+    if settings.score_only:
+        return [_report(settings, task, folder) for folder in _scored(settings.output)]
+    if settings.model is None or not settings.test:
+        raise UserError("evaluate needs a MODEL and --test files, unless --score-only scores what an OUTPUT holds")
+    adapters = _adapters(settings)
+    tokenizer = load_tokenizer(Model(path=settings.model))
+    if tokenizer.pad_token_id is None:
+        say(f"the tokenizer of {settings.model} has no padding token: masked zeros take its place")
+    tests = _read_tests(settings, task, tokenizer)
+    reports = []
+    for folder, adapter in adapters.items():
+        decoding = Decoding(
+            model=settings.model,
+            adapter=adapter,
+            **{name: getattr(settings, name) for name in ("backend", "precision", "beams", "batch_size")},
+            max_new_tokens=settings.max_new_tokens,
         )
-        for i, row in zip(index, tokens[:, batch["input_ids"].shape[1] :].tolist()):
-            answer = tokenizer.decode(_until(row, ends), skip_special_tokens=True)
-            answers[i] = _THOUGHT.sub("", answer).strip()
-    everything = {i: answer for part in distributed.gather_objects(answers) for i, answer in part.items()}
-    return [everything[i] for i in range(len(prompts))]
+        _predict(settings, decoding, tests, folder, lambda decoding=decoding: open_backend(decoding, tokenizer))
+        reports.append(_report(settings, task, folder))
+    return reports
 
 
-def _left_padded(prompts: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Generation continues the last position of every row, so the padding stands on the left."""
-    flipped = collate_ids([prompt[::-1] for prompt in prompts], pad)
-    return {name: tensor.flip(1).to(device) for name, tensor in flipped.items()}
+# ------------------------------------------------------------------------------------------------------------- input
 
 
-def _until(tokens: list[int], ends: set[int]) -> list[int]:
-    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
+def _adapters(settings: Settings) -> dict[Path, str | None]:
+    """Output directory -> adapter: OUTPUT itself for none or one, OUTPUT/<name> for each of several."""
+    found = [adapter_folder(adapter) for adapter in settings.adapters]
+    if len(found) < 2:
+        return {settings.output: found[0] if found else None}
+    names = [Path(path).parent.name if Path(path).name == "adapter" else Path(path).name for path in found]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise UserError(f"two adapters are called {repeated}: evaluate them apart, each with an --output of its own")
+    return {settings.output / name: path for name, path in zip(names, found)}
 
 
-def _write(output: Path, rows: list[dict], answers: list[str], report: dict) -> None:
+def adapter_folder(path: str) -> str:
+    """An adapter's directory: the one that is named, or `adapter` in a run directory; a hub id is left as it is."""
+    for folder in (Path(path), Path(path) / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            return str(folder)
+    if Path(path).is_dir() or path.startswith(("/", ".")):
+        raise UserError(f"adapter {path} holds no adapter_config.json: name an adapter's directory or a run")
+    return path
+
+
+def _read_tests(settings: Settings, task: ModuleType, tokenizer) -> dict[str, _Tests]:
+    """Language -> its rows, up to `max_rows` each. Raises UserError, naming file and line, for a row without gold."""
+    config = load_model_config(Model(path=settings.model)).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    tests: dict[str, _Tests] = {}
+    for pattern in settings.test:
+        for where, row in read_rows(Source(path=pattern)):
+            language = _language(row, where)
+            of = tests.setdefault(language, _Tests())
+            if settings.max_rows is not None and len(of.ids) == settings.max_rows:
+                continue
+            prompt = encode_prompt(row, where, tokenizer)
+            if positions is not None and len(prompt) + settings.max_new_tokens > positions:
+                raise UserError(
+                    f"{where}: the prompt has {len(prompt)} tokens, and with max_new_tokens {settings.max_new_tokens} "
+                    f"that is more than the model's {positions} positions"
+                )
+            of.places.append(where)
+            of.ids.append(row.get("id"))
+            of.prompts.append(prompt)
+            of.golds.append(task.gold(row, answer_text(row, where), where))
+    if not tests:
+        raise UserError(f"{' '.join(settings.test)} hold no rows")
+    return tests
+
+
+def _language(row: dict, where: str) -> str:
+    language = row.get("lang")
+    if not isinstance(language, str):
+        raise UserError(f"{where}: no text in field 'lang', which the report is by (found {', '.join(row)})")
+    wrong = [side for side in sides(language) if not tag_is_valid(side)]
+    if wrong:
+        raise UserError(
+            f"{where}: lang is {language!r}, and {wrong[0]!r} is no language: use ISO 639 codes, as in de, deu_Latn, "
+            "or a direction such as en-de"
+        )
+    return language
+
+
+# -------------------------------------------------------------------------------------------------------- generating
+
+
+def _predict(
+    settings: Settings,
+    decoding: Decoding,
+    tests: dict[str, _Tests],
+    folder: Path,
+    open_model: Callable[[], Callable[[list[list[int]]], list[str]]],
+) -> None:
+    """Write the prediction files that are missing. Called by all ranks; rank 0 alone reads and writes files."""
+    with distributed.on_main():
+        if distributed.is_main():
+            _claim(settings, decoding, tests, folder)
+    missing = distributed.broadcast_object(
+        [each for each in sorted(tests) if not prediction_file(folder, each).exists()]
+    )
+    if len(missing) < len(tests):
+        say(f"{len(tests) - len(missing)} of {len(tests)} languages are in {folder / 'predictions'} already")
+    generate = open_model() if missing else None
+    for language in missing:
+        of, start = tests[language], time.monotonic()
+        texts = generate(of.prompts)
+        with distributed.on_main():
+            if distributed.is_main():
+                try:
+                    write_predictions(folder, language, Predictions(of.ids, texts, of.golds))
+                except OSError as error:
+                    raise UserError(f"output {folder} cannot be written: {error.strerror or error}") from error
+        seconds = time.monotonic() - start
+        say(f"{language}: {len(texts):,} answers, {seconds:.1f} s, {len(texts) / seconds:.1f} per second")
+
+
+def _claim(settings: Settings, decoding: Decoding, tests: dict[str, _Tests], folder: Path) -> None:
+    """Make the output directory; one with predictions of other settings, weights or test rows is refused."""
+    make_writable(folder, "output")
+    if (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists():
+        raise UserError(f"output {folder} is a run of `mlalign train`: choose a directory in it, such as {folder}/test")
+    how = asdict(decoding) | {
+        "task": settings.task,
+        "max_rows": settings.max_rows,
+        "weights": digest([files_of(decoding.model), files_of(decoding.adapter)]),
+        "training": _training(decoding),
+    }
+    how["rows"] = {language: len(of.ids) for language, of in sorted(tests.items())}
+    how["tests"] = {language: digest([of.ids, of.prompts, of.golds]) for language, of in sorted(tests.items())}
+    path = folder / "evaluation.json"
+    if path.exists():
+        before = read_evaluation(folder)
+        done = [language for language in before["rows"] if prediction_file(folder, language).exists()]
+        different = [
+            name for name in how if name not in ("rows", "tests", "batch_size") and how[name] != before.get(name)
+        ]
+        different += [
+            f"test rows of {each}" for each in done if before.get("tests", {}).get(each) != how["tests"].get(each)
+        ]
+        if done and different:
+            raise UserError(
+                f"output {folder} holds predictions of another evaluation (different: {', '.join(different)}): choose "
+                "another --output, or delete it"
+            )
+    write_whole(path, json.dumps(how, indent=2) + "\n")
+
+
+def _training(decoding: Decoding) -> dict[str, list[str]]:
+    """Languages that the weights were trained on, as `mlalign train` and `mlalign merge` leave them beside them."""
+    path = Path(decoding.adapter or decoding.model) / "mlalign.json"
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with (output / "predictions.jsonl").open("w") as file:
-            for row, answer in zip(rows, answers):
-                line = {"lang": row["lang"], "id": row["id"], "prediction": answer, "reference": row["reference"]}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"output {output} cannot be written: {error.strerror}") from error
+        known = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return {name: known.get(name, []) for name in ("supervised", "aligned")}
 
 
-def _print(report: dict[str, dict[str, float]]) -> None:
-    metrics = [metric for metric in report if metric != "rows"]
-    table = Table("language", "rows", *metrics)
-    for language, count in report["rows"].items():
-        table.add_row(language, str(count), *(f"{report[metric][language]:.3f}" for metric in metrics))
-    console.print(table)
+# ----------------------------------------------------------------------------------------------------------- scoring
+
+
+def _scored(output: Path) -> list[Path]:
+    """`output`, or the directories in it, that hold predictions."""
+    folders = [output, *sorted(output.glob("*/"))] if output.is_dir() else []
+    found = [folder for folder in folders if (folder / "evaluation.json").exists()]
+    if not found:
+        raise UserError(
+            f"output {output} holds no evaluation.json: --score-only scores what an earlier evaluation left"
+        )
+    return found
+
+
+def _report(settings: Settings, task: ModuleType, folder: Path) -> dict:
+    """Read the predictions back, score them, write and show the report; on every rank."""
+    made = None
+    with distributed.on_main():
+        if distributed.is_main():
+            made = _made_report(settings, task, folder)
+            try:
+                report.write(made, folder)
+            except OSError as error:
+                raise UserError(f"output {folder} cannot be written: {error.strerror or error}") from error
+            report.print_report(made)
+            say(f"report in {folder / 'report.md'} and {folder / 'report.json'}")
+    return distributed.broadcast_object(made)
+
+
+def _made_report(settings: Settings, task: ModuleType, folder: Path) -> dict:
+    evaluation = read_evaluation(folder)
+    if evaluation["task"] != settings.task:
+        raise UserError(f"{folder} holds predictions for task {evaluation['task']}, not {settings.task}")
+    predictions = {name: read_predictions(folder, name, rows) for name, rows in evaluation["rows"].items()}
+    counts = {name: task.statistics(each.texts, each.golds, name) for name, each in predictions.items()}
+    if settings.comet is not None:
+        if settings.task != "translation":
+            raise UserError(f"comet scores translations, and the task is {settings.task}")
+        for name, each in predictions.items():
+            counts[name]["comet"] = comet_scores(each, settings.comet, folder / "comet" / f"{name}.json")
+    training = {
+        name: getattr(settings, name) if getattr(settings, name) is not None else evaluation["training"][name]
+        for name in ("supervised", "aligned")
+    }
+    about = {name: evaluation[name] for name in ("task", "model", "adapter")}
+    return report.build(task, predictions, counts, about, training, settings.seed)

@@ -189,17 +189,14 @@ def _weights(path: str, base: str) -> tuple[str, str | None]:
 
 
 def _read_report(path: Path, metric: str | None) -> tuple[str, dict[str, float]]:
-    """(metric, language -> score) of what `mlalign evaluate` wrote: {metric: {language: score}}."""
+    """(metric, language -> score) of what `mlalign evaluate` wrote, or of any {metric: {language: score}}."""
     path = path if path.suffix == ".json" else path / "report.json"
     try:
         report = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"report {path} cannot be read: {error}") from error
-    metrics = {
-        name: scores
-        for name, scores in (report.items() if isinstance(report, dict) else [])
-        if isinstance(scores, dict) and name != "rows"
-    }
+    report = report.get("scores", report) if isinstance(report, dict) else {}
+    metrics = {name: scores for name, scores in report.items() if isinstance(scores, dict)}
     if metric is None and metrics:
         metric = next(iter(metrics))
     if metric not in metrics:

@@ -106,7 +106,7 @@ def train(config: Config) -> None:
                 improved = progress.judge(evaluated, config.evaluation.patience)
             finished = progress.step == steps or progress.stopped_early
             if improved or (finished and not stop and progress.best is None):
-                checkpoint.export(engine, tokenizer, run_dir)
+                checkpoint.export(engine, tokenizer, run_dir, dataset.languages())
             due = finished or stop or progress.step % config.checkpoint_every == 0
             if evaluated or (due and progress.step > kept):
                 _save(engine, dataset, meter, run_dir, progress, steps)

@@ -1,0 +1,110 @@
+"""From counts of rows to scores with intervals: means over groups of languages, and paired differences of two systems.
+
+Everything follows from `tasks.X.statistics`: a bootstrap sample of a language draws its rows with replacement, and a
+score of the sample is `tasks.X.metrics` of the drawn rows' sums (Efron 1979; for comparing systems, Koehn 2004). The
+same rows are drawn for every system, so differences are paired.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from mlalign.languages import groups, language_of
+
+SAMPLES = 1000
+_DIRECTION = re.compile(r"([a-z]{2,3}(?:_[A-Z][a-z]{3})?)-([a-z]{2,3}(?:_[A-Z][a-z]{3})?)")
+
+Counts = dict[str, np.ndarray]  # name -> [rows] or [rows, counts]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one language, or means over a group of them."""
+
+    point: dict[str, float]  #: metric -> score of all rows
+    samples: dict[str, np.ndarray]  #: metric -> [samples], scores of the bootstrap samples
+
+    def interval(self, metric: str) -> tuple[float, float]:
+        """The middle 95% of the bootstrap samples."""
+        low, high = np.percentile(self.samples[metric], [2.5, 97.5])
+        return float(low), float(high)
+
+
+def score(task: ModuleType, counts: Counts, language: str, seed: int, samples: int = SAMPLES) -> Scores:
+    """Score one language. Which rows are drawn depends on `seed`, the language and the number of rows alone."""
+    rows = len(next(iter(counts.values())))
+    point = {name: float(value) for name, value in task.metrics({n: c.sum(0) for n, c in counts.items()}, rows).items()}
+    digest = hashlib.blake2b(f"{seed} {language}".encode(), digest_size=8).digest()
+    rng = np.random.default_rng(int.from_bytes(digest, "big"))
+    drawn = rng.multinomial(rows, np.full(rows, 1 / rows), size=samples).astype(float)  # times each row is drawn
+    sums = {name: drawn @ count for name, count in counts.items()}
+    return Scores(point, {name: np.asarray(value) for name, value in task.metrics(sums, rows).items()})
+
+
+def mean(scores: list[Scores]) -> Scores:
+    """The mean over languages, each with the same weight; of metrics that all of them have."""
+    metrics = [name for name in scores[0].point if all(name in each.point for each in scores)]
+    return Scores(
+        {name: float(np.mean([each.point[name] for each in scores])) for name in metrics},
+        {name: np.mean([each.samples[name] for each in scores], axis=0) for name in metrics},
+    )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much a system scores above another, on the same rows."""
+
+    delta: float
+    low: float  #: of the 95% interval
+    high: float
+    p: float  #: two-sided, by paired bootstrap
+
+
+def difference(system: Scores, baseline: Scores, metric: str) -> Difference:
+    """`system` minus `baseline`. p is twice the share of samples on the other side of 0, at least 1 / samples."""
+    deltas = system.samples[metric] - baseline.samples[metric]
+    low, high = np.percentile(deltas, [2.5, 97.5])
+    against = min(np.mean(deltas <= 0), np.mean(deltas >= 0))
+    p = min(1.0, max(2 * float(against), 1 / len(deltas)))
+    return Difference(system.point[metric] - baseline.point[metric], float(low), float(high), p)
+
+
+def language_groups(codes: list[str], supervised: list[str], aligned: list[str]) -> dict[str, list[str]]:
+    """Group -> languages (or directions such as `en-cs`) in it, without empty groups.
+
+    `all`; `supervised`: with labels in training; `aligned`: in the bitext and not supervised; `unseen`: in neither;
+    then the groups of `languages.groups`. A direction is judged by its sides that are not English.
+    Args: supervised: languages or directions of the task's training rows; aligned: languages of the bitext.
+    """
+    labelled, bitext = {_key(code) for code in supervised}, {language_of(code) for code in aligned}
+    members: dict[str, list[str]] = {"all": list(codes), "supervised": [], "aligned": [], "unseen": []}
+    for code in codes:
+        if _key(code) in labelled:
+            members["supervised"].append(code)
+        elif all(language_of(side) in bitext for side in sides(code)):
+            members["aligned"].append(code)
+        else:
+            members["unseen"].append(code)
+    if not supervised and not aligned:  # nothing is known of the training
+        members = {"all": list(codes)}
+    by_side = groups(list({side for code in codes for side in sides(code)}))
+    for name, languages in by_side.items():
+        members[name] = [code for code in codes if any(side in languages for side in sides(code))]
+    return {name: languages for name, languages in members.items() if languages}
+
+
+def sides(code: str) -> list[str]:
+    """`en-cs` -> [cs]; `de-fr` -> [de, fr]; a language, such as `zh-TW`, is its own only side."""
+    found = _DIRECTION.fullmatch(code)
+    if not found:
+        return [code]
+    return [side for side in found.groups() if language_of(side) != "en"] or list(found.groups())
+
+
+def _key(code: str) -> tuple[str, ...]:
+    """Equal for codes of the same language or direction, however they are written; zh-TW and zh are the same."""
+    found = _DIRECTION.fullmatch(code)
+    return tuple(language_of(side) for side in found.groups()) if found else (language_of(code),)
