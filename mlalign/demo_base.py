@@ -28,6 +28,8 @@ def train_base(
     steps: int = 600,
     batch_size: int = 64,
     learning_rate: float = 3e-3,
+    vocabulary: int = VOCABULARY,
+    max_tokens: int = MAX_TOKENS,
     progress: Callable[[int, float], None] | None = None,
 ) -> None:
     """Train tokenizer and model on `sentences` and save both into `directory`, as any Hugging Face model.
@@ -36,10 +38,10 @@ def train_base(
     `progress(step, loss)` is called after every step, loss in nats per token. Equal arguments and an equal number of
     threads give an equal model.
     """
-    tokenizer = train_tokenizer(sentences)
+    tokenizer = train_tokenizer(sentences, vocabulary, max_tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(_config(tokenizer))
+        model = LlamaForCausalLM(_config(tokenizer, max_tokens))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     encoded = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(sentences)["input_ids"]]
@@ -63,7 +65,9 @@ def train_base(
     tokenizer.save_pretrained(directory)
 
 
-def train_tokenizer(sentences: list[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    sentences: list[str], vocabulary: int = VOCABULARY, max_tokens: int = MAX_TOKENS
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with BOS, EOS and PAD, which puts BOS in front of every text.
 
     It cuts at spaces only: the usual pattern would also cut Devanagari words at every vowel sign.
@@ -77,7 +81,7 @@ def train_tokenizer(sentences: list[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[BOS, EOS, PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -91,19 +95,19 @@ def train_tokenizer(sentences: list[str]) -> PreTrainedTokenizerFast:
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
-        model_max_length=MAX_TOKENS,
+        model_max_length=max_tokens,
         clean_up_tokenization_spaces=False,
     )
 
 
-def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+def _config(tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
-        max_position_embeddings=MAX_TOKENS,
+        max_position_embeddings=max_tokens,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

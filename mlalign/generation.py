@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mlalign import distributed
 from mlalign.config import Model
@@ -65,14 +66,16 @@ def _answer(tokens: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBa
 
 def _open_hf(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> Callable[[Prompts], list[str]]:
     lm = load_for_inference(Model(path=decoding.model, precision=decoding.precision), decoding.adapter)
-    ends, pad = end_ids(tokenizer, lm.generation_config.eos_token_id), pad_id(tokenizer)
-    how = {
-        "num_beams": decoding.beams,
-        "max_new_tokens": decoding.max_new_tokens,
-        "do_sample": False,
-        "eos_token_id": ends,
-        "pad_token_id": pad,
-    }
+    base = lm.get_base_model() if isinstance(lm, PeftModel) else lm
+    ends, pad = end_ids(tokenizer, base.generation_config.eos_token_id), pad_id(tokenizer)
+    # In place of the model's own, which may hold more than it says, such as a repetition penalty of 1.05 in Qwen2.5.
+    lm.generation_config = base.generation_config = GenerationConfig(
+        num_beams=decoding.beams,
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=pad,
+    )
 
     @torch.inference_mode()
     def generate(prompts: Prompts) -> list[str]:
@@ -81,7 +84,7 @@ def _open_hf(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> Callable
         answers: dict[int, str] = {}
         for index in batches[distributed.rank() :: distributed.world_size()]:
             inputs = _left_padded([prompts[i] for i in index], pad, distributed.device())
-            tokens = lm.generate(**inputs, **how)[:, inputs["input_ids"].shape[1] :]
+            tokens = lm.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
             answers |= {i: _answer(row, ends, tokenizer) for i, row in zip(index, tokens.tolist())}
         everything = {i: answer for part in distributed.gather_objects(answers) for i, answer in part.items()}
         return [everything[i] for i in range(len(prompts))]

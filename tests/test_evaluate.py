@@ -100,6 +100,34 @@ def test_beam_search_in_batches_is_beam_search_one_by_one(settings, tiny_model, 
         assert predictions(settings.output)[str(i)] == tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
+def test_greedy_is_greedy_whatever_the_model_brings_along(settings, tiny_model, tmp_path):
+    """Qwen2.5-Instruct ships a repetition penalty in its generation config, which `generate` would apply unasked."""
+    evaluate(settings)
+    lm = AutoModelForCausalLM.from_pretrained(tiny_model)
+    lm.generation_config.repetition_penalty = 5.0
+    lm.generation_config.no_repeat_ngram_size = 1
+    lm.save_pretrained(tmp_path / "biased")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "biased")
+    evaluate(replace(settings, model=str(tmp_path / "biased"), output=tmp_path / "other"))
+    assert predictions(tmp_path / "other") == predictions(settings.output)
+    ids = AutoTokenizer.from_pretrained(tiny_model)(PROMPTS[3], return_tensors="pt")
+    asked = AutoModelForCausalLM.from_pretrained(tmp_path / "biased").generate(**ids, max_new_tokens=6, do_sample=False)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model).generate(**ids, max_new_tokens=6, do_sample=False)
+    assert asked.tolist() != plain.tolist()  # else this test would say nothing
+    adapter = saved_adapter(tiny_model, tmp_path / "adapter")
+    for model in ("biased", tiny_model):
+        evaluate(
+            replace(
+                settings,
+                model=str(tmp_path / model),
+                adapters=(str(adapter),),
+                precision="bf16",  # where the adapter is not merged
+                output=tmp_path / f"bf16_{Path(model).name}",
+            )
+        )
+    assert predictions(tmp_path / "bf16_biased") == predictions(tmp_path / f"bf16_{tiny_model.name}")
+
+
 def _evaluate_on_ranks(settings: Settings) -> list[dict]:
     return evaluate(settings)
 

@@ -76,6 +76,10 @@ def evaluate(settings: Settings) -> list[dict]:
     task = load_task(settings.task)
     if distributed.launched():
         distributed.init()
+    if settings.comet is not None and distributed.world_size() > 1:
+        raise UserError(
+            "comet scores in one process: evaluate without it first, then with --score-only and no launcher"
+        )
     if settings.score_only:
         return [_report(settings, task, folder) for folder in _scored(settings.output)]
     if settings.model is None or not settings.test:
@@ -203,7 +207,7 @@ def _claim(settings: Settings, decoding: Decoding, tests: dict[str, _Tests], fol
     how = asdict(decoding) | {
         "task": settings.task,
         "max_rows": settings.max_rows,
-        "weights": digest([files_of(decoding.model), files_of(decoding.adapter)]),
+        "weights": digest([files_of(decoding.model), _revision(decoding.model), files_of(decoding.adapter)]),
         "training": _training(decoding),
     }
     how["rows"] = {language: len(of.ids) for language, of in sorted(tests.items())}
@@ -224,6 +228,11 @@ def _claim(settings: Settings, decoding: Decoding, tests: dict[str, _Tests], fol
                 "another --output, or delete it"
             )
     write_whole(path, json.dumps(how, indent=2) + "\n")
+
+
+def _revision(model: str) -> str | None:
+    """The commit of a hub model; None for a directory, whose files speak for it."""
+    return None if Path(model).is_dir() else load_model_config(Model(path=model))._commit_hash
 
 
 def _training(decoding: Decoding) -> dict[str, list[str]]:
