@@ -25,9 +25,10 @@ if [ ! -e "$out/data/bitext/prepare.json" ]; then
     mlalign prepare bitext "$data/tatoeba" "$out/data/bitext" --dev 20 --against "$out/data/task/test.*.jsonl" $train_rows
 fi
 
+dev=$(for file in "$out"/data/task/train.*.jsonl; do ls "${file/train./dev.}"; done | paste -sd,) # none of a new language
 train() {
     "$here/launch/deepspeed.sh" "$here/mlalign/recipes/$task.yaml" "model.path=$model" "run_dir=$out/$1" \
-        "task.train=$out/data/task/train.*.jsonl" "task.dev=$out/data/task/dev.*.jsonl" \
+        "task.train=$out/data/task/train.*.jsonl" "task.dev=[$dev]" \
         "alignment.train=$out/data/bitext/train.*.jsonl" "alignment.dev=$out/data/bitext/dev.*.jsonl" "${@:2}"
 }
 train sft "${overrides[@]}" alignment=null interleave.ratio=1:0

@@ -15,7 +15,7 @@ FIELDS = ("text", "utt", "src", "tgt")
 MAX_TOKENS = 512
 
 
-def main(output: Path, paths: list[str], steps: int = 600) -> None:
+def main(output: Path, paths: list[str], steps: int = 1500) -> None:
     """Train on what the files hold, and save into `output`."""
     sentences = [
         row[name] for path in paths for _, row in read_rows(Source(path=path)) for name in FIELDS if name in row
@@ -31,7 +31,7 @@ def main(output: Path, paths: list[str], steps: int = 600) -> None:
         seed=0,
         steps=steps,
         batch_size=32,
-        vocabulary=8000,
+        vocabulary=4000,
         max_tokens=MAX_TOKENS,
         progress=progress,
     )

@@ -173,7 +173,7 @@ def load_bitext(sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_l
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of plain text, with one BOS where the model's tokenizer is used to one."""
-    return _with_bos(tokenizer.encode(text, add_special_tokens=False), tokenizer)
+    return _with_bos(tokenizer.encode(text, add_special_tokens=False, verbose=False), tokenizer)
 
 
 def encode_prompt(row: Row, where: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -299,14 +299,14 @@ def _split_tokens(text: str, edges: list[int], tokenizer: PreTrainedTokenizerBas
     Tokens of the whole text are kept where the text before an edge tokenises to a prefix of them. Where a token would
     span an edge, the parts are tokenised apart, as they are at generation.
     """
-    whole = tokenizer.encode(text, add_special_tokens=False)
+    whole = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     cuts = [0]
     for edge in edges:
-        prefix = tokenizer.encode(text[:edge], add_special_tokens=False)
+        prefix = tokenizer.encode(text[:edge], add_special_tokens=False, verbose=False)
         if whole[: len(prefix)] != prefix:
             borders = [0, *edges, len(text)]
             parts = [text[a:b] for a, b in pairwise(borders)]
-            return [tokenizer.encode(part, add_special_tokens=False) for part in parts]
+            return [tokenizer.encode(part, add_special_tokens=False, verbose=False) for part in parts]
         cuts.append(len(prefix))
     cuts.append(len(whole))
     return [whole[a:b] for a, b in pairwise(cuts)]

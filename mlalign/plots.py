@@ -122,5 +122,46 @@ def plot_scores(bars: dict[str, dict[str, float]], path: Path, metric: str) -> N
     plt.close(figure)
 
 
+def plot_curve(
+    x: list[float],
+    mean: list[float],
+    lines: dict[str, list[float]],
+    chosen: float,
+    labels: tuple[str, str],
+    path: Path,
+) -> None:
+    """A mean, bold, over thin lines that are named at their ends: `{name: values}`, each with a value for every x.
+
+    Args: chosen: the x that is marked; labels: of x and y.
+    """
+    figure, axes = plt.subplots(figsize=(7, max(4.0, 0.17 * len(lines) + 1)), layout="constrained")
+    for number, values in enumerate(lines.values()):
+        axes.plot(x, values, _LINES[number % len(_LINES)], color=_COLOURS[0], linewidth=0.8)
+    axes.plot(x, mean, color=_COLOURS[1], linewidth=2.5, marker=_MARKERS[0], markersize=4, label="mean")
+    best = mean[x.index(chosen)]
+    axes.axvline(chosen, color="black", linewidth=0.8, linestyle=(0, (1, 2)))
+    axes.plot([chosen], [best], "*", color="black", markersize=14, label=f"chosen: {chosen:g}, mean {best:.3g}")
+    low, high = axes.get_ylim()
+    step = (high - low) * 0.17 / figure.get_figheight()  # the height of a name
+    place = low
+    for number, (end, name) in enumerate(sorted((values[-1], name) for name, values in lines.items()), 1):
+        place = min(max(end, place), high - (len(lines) - number) * step)
+        axes.annotate(
+            name,
+            (x[-1], end),
+            xytext=(1.04, place),
+            textcoords=axes.get_yaxis_transform(),
+            fontsize=7,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 1},
+        )
+        place += step
+    axes.set(xlabel=labels[0], ylabel=labels[1], ylim=(low, high))
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def _label(name: str, group: str, series: int, groups: int) -> str:
     return ", ".join([name] * (series > 1) + [group] * (groups > 1))

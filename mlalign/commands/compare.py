@@ -217,11 +217,16 @@ def _p(value: float) -> str:
 # ----------------------------------------------------------------------------------------------------------- showing
 
 
-def _cells(result: dict, row: dict) -> list[str]:
+def _cells(result: dict, row: dict, short: bool = False) -> list[str]:
+    """Scores and differences; a short difference has a star in place of interval and p."""
     metric = result["metric"]
     cells = [show(metric, score) for score in row["scores"].values()]
     for found in row["differences"].values():
-        cells.append(f"{_signed(metric, found['delta'])} {_interval(metric, found)}, p {_p(found['p'])}")
+        cell = _signed(metric, found["delta"])
+        if short:
+            cells.append(cell + (" " if found["low"] <= 0 <= found["high"] else "*"))
+        else:
+            cells.append(f"{cell} {_interval(metric, found)}, p {_p(found['p'])}")
     return cells
 
 
@@ -255,8 +260,9 @@ def _print(result: dict) -> None:
     for label, rows in (("language", result["languages"]), ("mean of group", result["groups"])):
         table = Table(label, *_head(result))
         for name, row in rows.items():
-            table.add_row(name, *_cells(result, row))
+            table.add_row(name, *_cells(result, row, short=True))
         console.print(table)
+    say("* the 95% interval of the difference leaves out 0")
     for verdicts in result["verdicts"].values():
         for verdict in verdicts:
             say(verdict)

@@ -59,6 +59,7 @@ class Settings:
     aligned: list[str] | None = None
     seed: int = 0
     score_only: bool = False
+    quiet: bool = False  #: nothing on the console; for `mlalign merge`, which evaluates many times
 
 
 @dataclass
@@ -86,7 +87,7 @@ def evaluate(settings: Settings) -> list[dict]:
         raise UserError("evaluate needs a MODEL and --test files, unless --score-only scores what an OUTPUT holds")
     adapters = _adapters(settings)
     tokenizer = load_tokenizer(Model(path=settings.model))
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None and not settings.quiet:
         say(f"the tokenizer of {settings.model} has no padding token: masked zeros take its place")
     tests = _read_tests(settings, task, tokenizer)
     reports = []
@@ -183,7 +184,7 @@ def _predict(
     missing = distributed.broadcast_object(
         [each for each in sorted(tests) if not prediction_file(folder, each).exists()]
     )
-    if len(missing) < len(tests):
+    if len(missing) < len(tests) and not settings.quiet:
         say(f"{len(tests) - len(missing)} of {len(tests)} languages are in {folder / 'predictions'} already")
     generate = open_model() if missing else None
     for language in missing:
@@ -196,7 +197,8 @@ def _predict(
                 except OSError as error:
                     raise UserError(f"output {folder} cannot be written: {error.strerror or error}") from error
         seconds = time.monotonic() - start
-        say(f"{language}: {len(texts):,} answers, {seconds:.1f} s, {len(texts) / seconds:.1f} per second")
+        if not settings.quiet:
+            say(f"{language}: {len(texts):,} answers, {seconds:.1f} s, {len(texts) / seconds:.1f} per second")
 
 
 def _claim(settings: Settings, decoding: Decoding, tests: dict[str, _Tests], folder: Path) -> None:
@@ -269,8 +271,9 @@ def _report(settings: Settings, task: ModuleType, folder: Path) -> dict:
                 report.write(made, folder)
             except OSError as error:
                 raise UserError(f"output {folder} cannot be written: {error.strerror or error}") from error
-            report.print_report(made)
-            say(f"report in {folder / 'report.md'} and {folder / 'report.json'}")
+            if not settings.quiet:
+                report.print_report(made)
+                say(f"report in {folder / 'report.md'} and {folder / 'report.json'}")
     return distributed.broadcast_object(made)
 
 
