@@ -136,7 +136,7 @@ def show(metric: str, value: float) -> str:
 
 
 def print_report(report: dict) -> None:
-    """The leading metrics by language and by group, on the console of rank 0."""
+    """Scores by language and group, on the console of rank 0; intervals of the leading metric, all are in report.md."""
     metrics = [metric for metric in report["scores"] if " " not in metric]  # `f1 PER` and its like are in report.md
     for head, cells in (
         (("language", "rows"), _language_cells(report, metrics)),
@@ -144,5 +144,6 @@ def print_report(report: dict) -> None:
     ):
         table = Table(*head, *metrics)
         for row in cells:
-            table.add_row(*row)
+            of_leading = len(head) + metrics.index(report["main"])
+            table.add_row(*(cell if at == of_leading else cell.partition(" [")[0] for at, cell in enumerate(row)))
         console.print(table)
