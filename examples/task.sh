@@ -25,7 +25,10 @@ if [ ! -e "$out/data/bitext/prepare.json" ]; then
     mlalign prepare bitext "$data/tatoeba" "$out/data/bitext" --dev 20 --against "$out/data/task/test.*.jsonl" $train_rows
 fi
 
-dev=$(for file in "$out"/data/task/train.*.jsonl; do ls "${file/train./dev.}"; done | paste -sd,) # none of a new language
+dev= # rows of languages that have labels, and of no other: a run that stops by them has seen no new language
+for file in "$out"/data/task/train.*.jsonl; do
+    [ ! -e "${file/train./dev.}" ] || dev+=${dev:+,}${file/train./dev.}
+done
 train() {
     "$here/launch/deepspeed.sh" "$here/mlalign/recipes/$task.yaml" "model.path=$model" "run_dir=$out/$1" \
         "task.train=$out/data/task/train.*.jsonl" "task.dev=[$dev]" \

@@ -1,4 +1,4 @@
-"""The shipped recipe on real data: MASSIVE slot filling with Tatoeba bitext, 2 ranks, a tiny model, a few rows."""
+"""The scripted path of each task, and a probe, on real data: 2 ranks, a tiny model, a few rows."""
 
 import json
 import os
@@ -17,8 +17,8 @@ BIN = Path(sys.executable).parent
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data pack at {DATA}")
 
 
-def run(*command: object) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "2", "PATH": f"{BIN}:{os.environ['PATH']}"}
+def run(*command: object, **variables: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "2", "PATH": f"{BIN}:{os.environ['PATH']}"} | variables
     done = subprocess.run(
         [str(c) for c in command], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=400
     )
@@ -26,65 +26,69 @@ def run(*command: object) -> str:
     return done.stdout
 
 
-def test_the_massive_recipe_trains_and_reports_unlabelled_languages(tmp_path, tiny_model):
-    some = tmp_path / "source"
-    some.mkdir()
-    for name in ("en-US.train", "zh-CN.train", "en-US.dev", "sw-KE.test", "cy-GB.test", "th-TH.test"):
-        lines = (DATA / "massive" / f"{name}.jsonl").read_text().splitlines()[:40]
-        write_jsonl(some / f"{name}.jsonl", [json.loads(line) for line in lines])
-    assert "80 rows in 2 languages (en, zh)" in run(BIN / "mlalign", "prepare", "massive", some, tmp_path / "massive")
-
-    run_dir = tmp_path / "run"
-    out = run(
-        ROOT / "launch" / "deepspeed.sh",
-        ROOT / "mlalign" / "recipes" / "massive.yaml",
-        f"run_dir={run_dir}",
-        f"model.path={tiny_model}",
-        f"task.train={tmp_path}/massive/train.*.jsonl",
-        f"task.dev={tmp_path}/massive/dev.en.jsonl",
-        f"alignment.train=[{DATA}/tatoeba/swh-eng.jsonl, {DATA}/tatoeba/cym-eng.jsonl, {DATA}/tatoeba/tha-eng.jsonl]",
-        f"alignment.dev={DATA}/tatoeba/amh-eng.jsonl",
-        "alignment.batch_size=32",
-        "alignment.micro_batch_size=8",
-        "task.batch_size=16",
-        "task.micro_batch_size=4",
-        "optimizer.epochs=null",
-        "optimizer.steps=4",
-        "log_every=2",
-    )
-    assert "2 ranks, ZeRO-2" in out
-    assert "done, 4 steps" in out
-
-    run(
-        BIN / "mlalign",
-        "evaluate",
-        tiny_model,
-        "--adapter",
-        run_dir / "adapter",
-        "--test",
-        tmp_path / "massive/test.*.jsonl",
-        "--output",
-        tmp_path / "eval",
-        "--max-new-tokens",
-        4,
-        "--max-rows",
-        8,
-    )
-    report = json.loads((tmp_path / "eval" / "report.json").read_text())
-    assert report["rows"] == {"cy": 8, "sw": 8, "th": 8}
-    assert report["f1"].keys() == {"cy", "sw", "th"}
+def some_of(folder: Path) -> Path:
+    """The data pack, of each part a few files and of each file a few rows."""
+    rows = {
+        "massive": ("en-US.train", "zh-CN.train", "en-US.dev", "zh-CN.dev", "en-US.test", "cy-GB.test", "ja-JP.test"),
+        "mt": ("train.de-en", "train.zh-en", "dev.de-en", "test.en-de", "test.en-is"),
+        "uner": ("en.train", "zh.train", "en.dev", "en.test", "ceb.test"),
+        "tatoeba": ("cym-eng", "jpn-eng", "cmn-eng"),
+    }
+    for part, names in rows.items():
+        (folder / part).mkdir(parents=True)
+        for name in names:
+            lines = (DATA / part / f"{name}.jsonl").read_text().splitlines()[:60]
+            write_jsonl(folder / part / f"{name}.jsonl", [json.loads(line) for line in lines])
+    return folder
 
 
-def test_prepared_answers_are_the_published_slots():
-    """`annot_utt` and the pack's own `slots` say the same, in languages without and with spaces of its own."""
-    from mlalign.commands.prepare import _convert
+@pytest.mark.parametrize("task", ["slot_filling", "translation", "json_extraction"])
+def test_a_task_from_published_data_to_a_merged_adapter(task, tmp_path, tiny_model):
+    """The script of the README: prepare, train, evaluate, compare and merge, with 2 ranks, on real rows."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 4096}
+    (model / "config.json").write_text(json.dumps(config))
+    data, out = some_of(tmp_path / "data"), tmp_path / "out"
+    steps = ["optimizer.epochs=null", "optimizer.steps=3", "evaluation.every=3"]
+    sizes = ["task.batch_size=4", "task.micro_batch_size=2", "alignment.batch_size=8", "alignment.micro_batch_size=4"]
+    small = {"FORMAT": "plain", "TRAIN_ROWS": "20", "TEST_ROWS": "4"}
+    overrides = [*steps, *sizes, "task.max_length=2048"]
+    shown = run(ROOT / "examples" / "task.sh", task, data, model, out, *overrides, **small)
+    assert shown.count("done, 3 steps") == 3
+    assert "2 ranks, ZeRO-2" in shown
 
-    for locale in ("en-US", "sw-KE", "th-TH", "el-GR"):
-        for number, line in enumerate((DATA / "massive" / f"{locale}.test.jsonl").read_text().splitlines()):
-            row = json.loads(line)
-            with_slots = _convert(row, f"{locale}:{number}")[2]
-            row.pop("slots")
-            assert _convert(row, f"{locale}:{number}")[2] == with_slots
+    unseen = {"slot_filling": "cy", "translation": "en-is", "json_extraction": "ceb"}[task]
+    reports = {
+        name: json.loads((out / "test" / name / "report.json").read_text()) for name in ("sft", "aligned", "merged")
+    }
+    for report in reports.values():
+        assert report["rows"][unseen] == 4
+        assert report["model"] == str(model)
+    assert unseen not in reports["sft"]["groups"]["supervised"]["languages"]
+    if task == "slot_filling":
+        assert reports["aligned"]["groups"]["aligned"]["languages"] == ["cy", "ja"]
+        assert reports["merged"]["groups"]["aligned"]["languages"] == ["cy", "ja"]
+    comparison = json.loads((out / "compare_all/compare.json").read_text())
+    assert comparison["names"] == ["sft", "aligned", "merged"]
+    assert (out / "compare_all/compare.png").stat().st_size > 5000
+    merged = json.loads((out / "merged/merge.json").read_text())
+    assert 0 <= merged["settings"]["weight"] <= 1
+    assert (out / "merged/weights.png").stat().st_size > 5000
+
+
+def test_prepared_answers_are_the_published_slots(tmp_path):
+    """`annot_utt` and the pack's own `slots` say the same, in languages with and without spaces."""
+    published = tmp_path / "published"
+    published.mkdir()
+    for locale in ("en-US", "sw-KE", "th-TH", "el-GR", "ja-JP", "zh-CN"):
+        rows = [json.loads(line) for line in (DATA / "massive" / f"{locale}.test.jsonl").read_text().splitlines()]
+        write_jsonl(published / f"{locale}.jsonl", [{k: v for k, v in row.items() if k != "slots"} for row in rows])
+    run(BIN / "mlalign", "prepare", "massive", published, tmp_path / "from_published")
+    run(BIN / "mlalign", "prepare", "massive", DATA / "massive", tmp_path / "from_pack")
+    for language in ("en", "sw", "th", "el", "ja", "zh"):
+        name = f"test.{language}.jsonl"
+        assert (tmp_path / "from_published" / name).read_text() == (tmp_path / "from_pack" / name).read_text()
 
 
 def test_a_probe_of_flores_under_a_launcher(tmp_path, tiny_model):
