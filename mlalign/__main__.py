@@ -173,17 +173,101 @@ def probe(
 
 
 @app.command()
-def prepare(
-    dataset: Annotated[str, typer.Argument(help="massive")],
-    folder: Annotated[Path, typer.Argument(metavar="INPUT", help="Directory with the dataset's files.")],
-    output: Annotated[Path, typer.Argument(help="Directory for <split>.<language>.jsonl.")],
+def merge(
+    task_adapter: Annotated[str, typer.Argument(help="An adapter's directory, or a RUN_DIR.")],
+    alignment_adapter: Annotated[str, typer.Argument(help="Another one of the same base model.")],
+    output: Annotated[Path, typer.Option(help="Directory for the merged adapter.")],
+    weight: Annotated[
+        str, typer.Option(help="Share of the alignment adapter, 0 to 1; or auto: tuned on --dev.")
+    ] = "0.5",
+    method: Annotated[
+        Literal["linear", "ties", "dare_linear", "dare_ties"],
+        typer.Option(help="linear is exact, unless cut by --rank."),
+    ] = "linear",
+    layers: Annotated[
+        int | None, typer.Option(help="The layer of alignment: above it the task adapter stays whole.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Cut to this rank by SVD; the sum of both by default.")] = None,
+    density: Annotated[float | None, typer.Option(help="Of ties and dare: share of entries kept; 0.5.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of dare; 0.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base model; by default what the adapters name.")] = None,
+    dev: Annotated[
+        list[str] | None, typer.Option(help="auto: files or globs of task rows with `lang`; may be repeated.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="auto: as in evaluate, how answers are scored.")] = None,
+    grid: Annotated[str | None, typer.Option(help="auto: weights to try; 0,0.1,...,1.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="auto: dev rows per language; all.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="auto: as in evaluate.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="auto: as in evaluate.")] = None,
 ) -> None:
-    """Turn a public dataset into task rows."""
-    from mlalign.commands.prepare import prepare_massive
+    """Merge a task adapter and an alignment adapter, trained apart, into one."""
+    from mlalign.commands.merge import Settings, merge
 
-    if dataset != "massive":
-        raise UserError(f"dataset {dataset} is not known: prepare reads massive")
-    prepare_massive(folder, output)
+    settings = Settings(
+        task_adapter=task_adapter,
+        alignment_adapter=alignment_adapter,
+        output=output,
+        weight=weight,
+        method=method,
+        layers=layers,
+        rank=rank,
+        density=density,
+        seed=seed,
+        model=model,
+        dev=tuple(dev or ()),
+        task=task,
+        grid=grid,
+        max_rows=max_rows,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+    )
+    merge(settings)
+
+
+@app.command()
+def prepare(
+    dataset: Annotated[str, typer.Argument(help="massive, translation, uner or bitext.")],
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="What is published: files, an archive, or a hub id.")],
+    output: Annotated[Path, typer.Argument(help="Directory for <split>.<language>.jsonl and prepare.json.")],
+    form: Annotated[
+        Literal["chat", "plain"] | None, typer.Option("--format", help="Of task rows: chat by default.")
+    ] = None,
+    languages: Annotated[str | None, typer.Option(help="Codes as in the data, such as en,de; all by default.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Of train, per language or language pair.")] = None,
+    balance: Annotated[
+        bool, typer.Option("--balance", help="As much train of each language as there is of the rarest.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of samples and of --dev.")] = 0,
+    against: Annotated[
+        list[str] | None, typer.Option(help="Files of sentences to keep out of train: a glob; may be repeated.")
+    ] = None,
+    dev: Annotated[int | None, typer.Option(min=1, help="Pairs of bitext to hold out, per language pair.")] = None,
+    pivot: Annotated[
+        str | None, typer.Option(help="Bitext of a file per language: the one that others are paired with; English.")
+    ] = None,
+    directions: Annotated[
+        Literal["both", "from-english", "to-english"] | None, typer.Option(help="Of translation's train and dev: both.")
+    ] = None,
+) -> None:
+    """Turn a public dataset into rows for training and evaluation, without duplicates and leaks."""
+    from mlalign.commands.prepare import Settings, prepare
+
+    prepare(
+        Settings(
+            dataset=dataset,
+            source=source,
+            output=output,
+            form=form,
+            languages=_codes(languages),
+            max_rows=max_rows,
+            balance=balance,
+            seed=seed,
+            against=tuple(against or ()),
+            dev=dev,
+            pivot=pivot,
+            directions=directions,
+        )
+    )
 
 
 @app.command()

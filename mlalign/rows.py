@@ -50,17 +50,18 @@ def _read_json(path: str) -> Iterator[tuple[str, Row]]:
     with open(path, "rb") as file:
         if file.read(64).lstrip().startswith(b"["):
             file.seek(0)
-            for number, row in enumerate(_parse_json(file.read(), path), 1):
-                yield _checked(row, f"{path}, item {number}")
+            for number, row in enumerate(parse_json(file.read(), path), 1):
+                yield checked_row(row, f"{path}, item {number}")
             return
         file.seek(0)
         for number, line in enumerate(file, 1):
             if line.strip():
                 where = f"{path}:{number}"
-                yield _checked(_parse_json(line, where), where)
+                yield checked_row(parse_json(line, where), where)
 
 
-def _parse_json(text: bytes, where: str) -> Any:
+def parse_json(text: bytes, where: str) -> Any:
+    """What JSON text holds. Raises UserError for what is no JSON, no UTF-8, or half of a character."""
     try:
         value = json.loads(text)
         if rb"\ud" in text.lower():  # half of a character written as two escapes is valid JSON and no text
@@ -74,7 +75,8 @@ def _parse_json(text: bytes, where: str) -> Any:
         raise UserError(f"{where}: not valid JSON: {error}") from error
 
 
-def _checked(row: Any, where: str) -> tuple[str, Row]:
+def checked_row(row: Any, where: str) -> tuple[str, Row]:
+    """(where, row). Raises UserError for what is no object."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
     return where, row

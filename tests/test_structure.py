@@ -9,17 +9,20 @@ PACKAGE = Path(__file__).parent.parent / "mlalign"
 
 #: Every module of a row may import from the rows above it and not from its own.
 LAYERS = [
-    {"errors", "loss", "pooling", "retrieval", "plots", "languages", "demo_data", "demo_base"},
-    {"config", "distributed", "tasks.slot_filling"},
-    {"tracker", "rundir", "schedule", "rows", "tasks"},
-    {"data", "sampler", "model", "checkpoint"},
-    {"objectives", "dataset", "parallel"},
+    {"errors", "loss", "pooling", "retrieval", "plots", "languages", "demo_data", "demo_base"}
+    | {"tasks.prompts", "sifting", "corpora"},
+    {"config", "distributed", "tasks", "tasks.slot_filling", "tasks.translation", "scoring"},
+    {"tracker", "rundir", "schedule", "rows", "tasks.items", "tasks.json_extraction"},
+    {"data", "sampler", "model", "checkpoint", "merging", "predictions", "corpora.item"},
+    {"objectives", "dataset", "parallel", "generation", "report", "comet", "sieve"}
+    | {f"corpora.{name}" for name in ("massive", "translation", "uner", "bitext", "against")},
     {"evaluation", "states", "probe_report"},
     {"probe_show"},
-    {f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("[!_]*.py")},
+    {f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("[!_]*.py")} - {"commands.merge"},
+    {"commands.merge"},  # which tunes its weight by evaluating
     {"__main__"},
 ]
-PURE = {"loss", "pooling", "retrieval", "languages"}
+PURE = {"loss", "pooling", "retrieval", "languages", "tasks.prompts", "sifting"}
 
 
 def modules() -> dict[str, Path]:

@@ -1,0 +1,378 @@
+"""Bitext: pairs of sentences that translate each other, from whatever layout they come in.
+
+A directory, a file, a glob or a hub id: Moses pairs as OPUS and Tatoeba ship them (`X.de-en.de` beside `X.de-en.en`,
+perhaps .gz, or in OPUS's `.txt.zip`); `.tmx`, perhaps .gz; rows of `src`, `tgt`, `src_lang`, `tgt_lang` or of the
+hub's `translation`; or a file per language, as FLORES and NTREX, where line n, or `id` x, is the same sentence in all
+of them and every language is paired with a pivot. All are streams; of a file per language with ids, the pivot's
+sentences are held. A hub dataset has one configuration per pair, as Helsinki-NLP/opus-100.
+
+Ids are those of the rows, else file and line: rows that share an id count as the same sentence in training.
+"""
+
+import glob
+import gzip
+from collections import Counter
+from collections.abc import Collection, Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import IO
+from xml.etree import ElementTree
+from zipfile import ZipFile
+
+from langcodes import tag_is_valid
+
+from mlalign.config import Source
+from mlalign.corpora.item import (
+    Item,
+    check_language,
+    hub_configurations,
+    hub_rows,
+    lines,
+    open_plain,
+    refuse_unknown,
+    undamaged,
+)
+from mlalign.data import bitext_fields
+from mlalign.errors import UserError
+from mlalign.languages import language_of
+from mlalign.rows import is_local, read_rows
+
+_ROWS = (".jsonl", ".json", ".csv", ".parquet")
+_PLAIN = (".txt", ".dev", ".devtest", ".test")  # one sentence a line: FLORES-200 and NTREX as they are published
+_TEXT_FIELDS = ("text", "sentence", "utt")
+_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
+
+_Pair = tuple[str, str]
+
+
+def read(
+    source: str, splits: Collection[str], languages: Collection[str] | None, pivot: str | None, notes: Counter[str]
+) -> Iterator[Item]:
+    """Yield pairs of `languages`, of which both sides must be. Files are all `train`; a hub dataset has its own splits.
+
+    Args: pivot: of a file per language, and of TMX units in more than two; the English one by default; notes: what
+    could not be paired.
+    Raises UserError where nothing is there to read, or something is not what it seems to be.
+    """
+    wanted = _Wanted(languages)
+    if not is_local(source):
+        if pivot is not None:
+            raise UserError(f"pivot {pivot} is for files of one language each, and {source} is a hub dataset of pairs")
+        yield from _read_hub(source, splits, wanted)
+    elif "train" in splits:
+        yield from _read_files(source, wanted, pivot, notes)
+    else:
+        return
+    wanted.check(source)
+
+
+class _Wanted:
+    """Says whether a language pair is to be read, and remembers which languages were there."""
+
+    def __init__(self, languages: Collection[str] | None) -> None:
+        self._languages = languages
+        self._pairs: dict[_Pair, bool] = {}
+
+    def __call__(self, pair: _Pair, where: object) -> bool:
+        """Raises UserError for what are not two languages. `where` is where a pair stands."""
+        if pair not in self._pairs:
+            if check_language(pair[0], str(where)) == check_language(pair[1], str(where)):
+                raise UserError(f"{where}: both sides are in {pair[0]}")
+            self._pairs[pair] = self._languages is None or set(pair) <= set(self._languages)
+        return self._pairs[pair]
+
+    def check(self, source: str) -> None:
+        """Raise UserError where what was asked for was not there."""
+        refuse_unknown(self._languages, (code for pair in self._pairs for code in pair), source)
+        if self._pairs and not any(self._pairs.values()):
+            raise UserError(
+                f"{source} has no pair of the languages {', '.join(self._languages or ())}: name both sides of a pair, "
+                f"such as {','.join(next(iter(self._pairs)))}"
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def _read_files(source: str, wanted: _Wanted, pivot: str | None, notes: Counter[str]) -> Iterator[Item]:
+    moses: dict[tuple[Path, str], _Pair] = {}  # (folder, name without language) -> languages
+    tmx, archives, rows, texts = [], [], [], []
+    for path in _paths(source):
+        stem, pair = _moses_name(path.name)
+        if pair is not None:
+            moses[path.parent, stem] = pair
+        elif path.name.endswith((".tmx", ".tmx.gz")):
+            tmx.append(path)
+        elif path.suffix == ".zip":
+            archives.append(path)
+        elif path.suffix in _ROWS:
+            (rows if _holds_pairs(path) else texts).append(path)
+        elif path.suffix in _PLAIN:
+            texts.append(path)
+    pairs = [*(folder / stem for folder, stem in moses), *tmx, *archives, *rows]
+    if not pairs and not texts:
+        raise UserError(
+            f"{source} holds nothing that is read as bitext: X.de-en.de beside X.de-en.en, .tmx, .zip of OPUS, rows "
+            "with src, tgt, src_lang and tgt_lang, or a file per language such as eng_Latn.txt"
+        )
+    if pairs and texts:
+        raise UserError(f"{pairs[0]} holds bitext, but {texts[0]} does not: give one kind at a time")
+    if pivot is not None and not texts and not tmx:
+        raise UserError(f"pivot {pivot} is for files of one language each, and {source} holds pairs")
+    if moses and not tmx and not archives and not rows:  # all is known before the first line is read
+        for (folder, stem), pair in moses.items():
+            wanted(pair, folder / stem)
+        wanted.check(source)
+    for (folder, stem), pair in moses.items():
+        if wanted(pair, folder / stem):
+            yield from _read_moses(folder, stem, pair)
+    for path in archives:
+        yield from _read_archive(path, wanted)
+    for path in tmx:
+        yield from _read_tmx(path, wanted, pivot, notes)
+    for path in rows:
+        yield from _read_rows(path, wanted)
+    if texts:
+        yield from _read_by_language(texts, source, wanted, pivot, notes)
+
+
+def _paths(source: str) -> list[Path]:
+    folder = Path(source)
+    if folder.is_dir():
+        return sorted(path for path in folder.iterdir() if path.is_file())
+    paths = sorted(Path(path) for path in glob.glob(source, recursive=True) if Path(path).is_file())
+    if not paths:
+        raise UserError(f"{source} {'matches no file' if glob.has_magic(source) else 'does not exist'}")
+    return paths
+
+
+def _moses_name(name: str) -> tuple[str, _Pair | None]:
+    """`X.de-en.de.gz` -> ("X.de-en", ("de", "en")); no pair for the name of anything else."""
+    stem, _, code = name.removesuffix(".gz").rpartition(".")
+    pair = stem.rpartition(".")[2]
+    if code and pair.startswith(f"{code}-"):
+        return stem, (code, pair.removeprefix(f"{code}-"))
+    if code and pair.endswith(f"-{code}"):
+        return stem, (pair.removesuffix(f"-{code}"), code)
+    return stem, None
+
+
+def _read_moses(folder: Path, stem: str, pair: _Pair) -> Iterator[Item]:
+    paths = []
+    for code in pair:
+        there = [path for suffix in ("", ".gz") if (path := folder / f"{stem}.{code}{suffix}").is_file()]
+        if not there:
+            raise UserError(f"{folder / stem}.{code} is missing, with the other side of {stem}.{'|'.join(pair)}")
+        paths.append(there[0])
+    with open_plain(paths[0]) as src, open_plain(paths[1]) as tgt:
+        yield from _line_pairs((src, tgt), (str(paths[0]), str(paths[1])), pair, stem)
+
+
+def _read_archive(path: Path, wanted: _Wanted) -> Iterator[Item]:
+    """OPUS's zip of a Moses pair with a README and a licence."""
+    with undamaged(path), ZipFile(path) as archive:
+        names = archive.namelist()
+        stems = {stem: pair for stem, pair in map(_moses_name, names) if pair is not None}
+        if not stems:
+            raise UserError(f"{path} holds no pair of files such as X.de-en.de and X.de-en.en")
+        for stem, pair in stems.items():
+            sides = (f"{stem}.{pair[0]}", f"{stem}.{pair[1]}")
+            lacking = [side for side in sides if side not in names]
+            if lacking:
+                raise UserError(f"{path} lacks {lacking[0]}, the other side of a pair")
+            if wanted(pair, path):
+                with archive.open(sides[0]) as src, archive.open(sides[1]) as tgt:
+                    yield from _line_pairs((src, tgt), (f"{path}, {sides[0]}", f"{path}, {sides[1]}"), pair, stem)
+
+
+def _line_pairs(files: tuple[IO[bytes], IO[bytes]], names: _Pair, pair: _Pair, prefix: str) -> Iterator[Item]:
+    """Line n of one file translates line n of the other."""
+    src_lang, tgt_lang = pair
+    number = 0
+    try:
+        for one, other in zip_longest(*files):
+            number += 1
+            if one is None or other is None:
+                short, long = names if one is None else names[::-1]
+                raise UserError(f"{long}:{number} has no counterpart: {short} ends at line {number - 1}")
+            src, tgt = one.decode(), other.decode()
+            if number == 1:
+                src, tgt = src.removeprefix("\ufeff"), tgt.removeprefix("\ufeff")
+            src, tgt = src.strip(), tgt.strip()
+            row = {"id": f"{prefix}-{number}", "src_lang": src_lang, "tgt_lang": tgt_lang, "src": src, "tgt": tgt}
+            yield Item("train", pair, row, (src, tgt), f"{names[0]}:{number}")
+    except UnicodeDecodeError as error:
+        broken = names[0] if error.object == one else names[1]
+        raise UserError(f"{broken}:{number}: not valid UTF-8 (byte {error.start})") from error
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"{names[0]} or {names[1]} is cut or damaged after line {number}: {error}") from error
+
+
+def _item(split: str, pair: _Pair, src: str, tgt: str, id_: str, where: str) -> Item:
+    src, tgt = src.strip(), tgt.strip()
+    row = {"id": id_, "src_lang": pair[0], "tgt_lang": pair[1], "src": src, "tgt": tgt}
+    return Item(split, pair, row, (src, tgt), where)
+
+
+# ------------------------------------------------------------------------------------------------------------ TMX, rows
+
+
+def _read_tmx(path: Path, wanted: _Wanted, pivot: str | None, notes: Counter[str]) -> Iterator[Item]:
+    """Unit after unit, and no more of the document in memory than that."""
+    number, orders = 0, {}
+    try:
+        with undamaged(path), open_plain(path) as file:
+            parents = []
+            for event, element in ElementTree.iterparse(file, events=("start", "end")):
+                if event == "start":
+                    parents.append(element)
+                    continue
+                parents.pop()
+                if element.tag != "tu":
+                    continue
+                number += 1
+                where = f"{path}, unit {number}"
+                sides = _unit(element, where)
+                parents[-1].clear()
+                if len(sides) < 2:
+                    notes["units in one language"] += 1
+                for pair in _unit_pairs(sides, pivot, where):
+                    pair = orders.setdefault(frozenset(pair), pair)  # one file for both orders of a document
+                    if wanted(pair, where):
+                        yield _item("train", pair, sides[pair[0]], sides[pair[1]], f"{path.stem}-{number}", where)
+    except ElementTree.ParseError as error:
+        raise UserError(f"{path}:{error.position[0]}: not valid XML after unit {number}: {error}") from error
+    if not number:
+        raise UserError(f"{path} holds no translation units")
+
+
+def _unit(element: ElementTree.Element, where: str) -> dict[str, str]:
+    sides: dict[str, str] = {}
+    for variant in element.iter("tuv"):
+        code, segment = variant.get(_LANGUAGE) or variant.get("lang"), variant.find("seg")
+        if code is None or segment is None:
+            raise UserError(f"{where}: a tuv without {'xml:lang' if code is None else 'seg'}")
+        sides.setdefault(code, "".join(segment.itertext()))
+    return sides
+
+
+def _unit_pairs(sides: dict[str, str], pivot: str | None, where: str) -> list[_Pair]:
+    """The pairs of a unit: its two languages as they stand, or every language with the pivot."""
+    if len(sides) < 2:
+        return []
+    if len(sides) == 2 and pivot is None:
+        return [tuple(sides)]
+    pivot = _pivot(list(sides), pivot, where)
+    return [(code, pivot) for code in sides if code != pivot]
+
+
+def _pivot(codes: list[str], pivot: str | None, where: str) -> str:
+    english = [code for code in codes if language_of(code) == "en"]
+    if pivot is None and len(english) == 1:
+        return english[0]
+    if pivot not in codes:
+        what = f"no language {pivot}" if pivot else "not one English" if english else "no English"
+        raise UserError(f"{where} has {what}: give --pivot, one of {', '.join(sorted(codes))}")
+    return pivot
+
+
+def _holds_pairs(path: Path) -> bool:
+    first = next(read_rows(Source(path=glob.escape(str(path)))), None)
+    return first is not None and not {"src", "translation"}.isdisjoint(first[1])
+
+
+def _read_rows(path: Path, wanted: _Wanted) -> Iterator[Item]:
+    for number, (where, row) in enumerate(read_rows(Source(path=glob.escape(str(path)))), 1):
+        src, tgt, pair = bitext_fields(row, where)
+        if wanted(pair, where):
+            id_ = f"{path.stem}-{number}" if row.get("id") is None else str(row["id"])
+            yield _item("train", pair, src, tgt, id_, where)
+
+
+def _read_hub(source: str, splits: Collection[str], wanted: _Wanted) -> Iterator[Item]:
+    for configuration in hub_configurations(source):
+        codes = tuple(configuration.split("-"))
+        if len(codes) == 2 and all(map(tag_is_valid, codes)) and not wanted(codes, f"{source} {configuration}"):
+            continue
+        counts: Counter[str] = Counter()
+        for split, where, row in hub_rows(source, configuration, splits):
+            counts[split] += 1
+            src, tgt, pair = bitext_fields(row, where)
+            if wanted(pair, where):
+                number = f"{source.rpartition('/')[2]}-{configuration}-{split}-{counts[split]}"
+                yield _item(split, pair, src, tgt, number if row.get("id") is None else str(row["id"]), where)
+
+
+# ---------------------------------------------------------------------------------------------------- a file a language
+
+
+def _read_by_language(
+    paths: list[Path], source: str, wanted: _Wanted, pivot: str | None, notes: Counter[str]
+) -> Iterator[Item]:
+    files: dict[str, Path] = {}
+    for path in paths:
+        code = check_language(path.stem.rpartition(".")[2], str(path))  # eng_Latn.jsonl, newstest2019-ref.deu.txt
+        if code in files:
+            raise UserError(f"{files[code]} and {path} are both language {code}: keep one of them")
+        files[code] = path
+    if len(files) < 2:
+        raise UserError(f"{source} holds one language, {', '.join(files)}: bitext needs two")
+    pivot = _pivot(list(files), pivot, source)
+    others = [code for code in files if code != pivot]
+    for code in others:
+        wanted((code, pivot), files[code])
+    wanted.check(source)
+    prefix = Path(source).name if Path(source).is_dir() else Path(source).parent.name
+    by_id = next((id_ is not None for _, id_, _ in _sentences(files[pivot])), False)
+    held = _held(files[pivot]) if by_id else {}
+    for code in others:
+        pair = (code, pivot)
+        if not wanted(pair, files[code]):
+            continue
+        if not by_id:
+            yield from _by_line(files[code], files[pivot], pair, prefix)
+            continue
+        found = 0
+        for where, id_, text in _sentences(files[code]):
+            if id_ is None:
+                raise UserError(f"{where} has no id, but {files[pivot]} has ids: give them to all or to none")
+            if id_ in held:
+                found += 1
+                yield _item("train", pair, text, held[id_], id_, where)
+            else:
+                notes[f"sentences that {pivot} does not have"] += 1
+        if found < len(held):
+            notes[f"sentences of {pivot} that another language does not have"] += len(held) - found
+
+
+def _held(path: Path) -> dict[str, str]:
+    """Id -> sentence."""
+    held: dict[str, str] = {}
+    for where, id_, text in _sentences(path):
+        if id_ is None or id_ in held:
+            raise UserError(f"{where}: {'no id' if id_ is None else f'id {id_!r} stands here a second time'}")
+        held[id_] = text
+    return held
+
+
+def _by_line(path: Path, pivot: Path, pair: _Pair, prefix: str) -> Iterator[Item]:
+    for number, (one, other) in enumerate(zip_longest(_sentences(path), _sentences(pivot)), 1):
+        if one is None or other is None:
+            short, long = (path, pivot) if one is None else (pivot, path)
+            raise UserError(f"{long}:{number} has no counterpart: {short} ends at line {number - 1}")
+        if one[1] is not None:
+            raise UserError(f"{one[0]} has an id, but {pivot} has none: give them to all or to none")
+        yield _item("train", pair, one[2], other[2], f"{prefix}-{number}", one[0])
+
+
+def _sentences(path: Path) -> Iterator[tuple[str, str | None, str]]:
+    """(where, id, text) of every sentence of a file, empty ones too, for line n must stay line n."""
+    if path.suffix in _PLAIN:
+        with open_plain(path) as file:
+            yield from ((where, None, text) for where, text in lines(file, path))
+        return
+    for where, row in read_rows(Source(path=glob.escape(str(path)))):
+        name = next((name for name in _TEXT_FIELDS if name in row), _TEXT_FIELDS[0])
+        if not isinstance(row.get(name), str):
+            raise UserError(f"{where}: no text in field {name!r} (found {', '.join(map(repr, row)) or 'nothing'})")
+        yield where, None if row.get("id") is None else str(row["id"]), row[name]

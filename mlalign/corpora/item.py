@@ -1,0 +1,125 @@
+"""What readers share: the item, files that are streams, datasets on the hub, and checks that all of them make."""
+
+import gzip
+import zlib
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tarfile import TarError
+from typing import IO, NamedTuple
+from zipfile import BadZipFile
+
+from langcodes import tag_is_valid
+
+from mlalign.config import Source
+from mlalign.errors import UserError
+from mlalign.rows import Row, checked_row, parse_json, read_rows
+
+#: What splits are called where data is published -> what they are called here.
+SPLITS = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "test": "test"}
+
+
+class Item(NamedTuple):
+    """One row of a dataset on its way to an output file. A named tuple: millions of them are made."""
+
+    split: str  #: train, dev or test
+    languages: tuple[str, ...]  #: codes as in the data; a task row has one, a pair has source and target
+    row: Row  #: what is written
+    texts: tuple[str, ...]  #: the sentences that make a duplicate or a leak, one for each of `languages`
+    where: str  #: "file:line", for messages
+
+
+def refuse_unknown(languages: Collection[str] | None, there: Iterable[str], source: str) -> None:
+    """Raise UserError where a language was asked for that the data does not have."""
+    there = set(there)
+    unknown = [language for language in languages or () if language not in there]
+    if unknown:
+        raise UserError(f"{source} has no language {unknown[0]}, but {', '.join(sorted(there)) or 'none at all'}")
+
+
+def check_language(code: str, where: str) -> str:
+    """The code itself. Raises UserError for what is no language code."""
+    if not tag_is_valid(code):
+        raise UserError(f"{where}: {code!r} is not the code of a language")
+    return code
+
+
+def text_field(row: Row, name: str, where: str, expected: str) -> str:
+    """A field that must hold text. Args: expected: what rows should be, for the message."""
+    if not isinstance(row.get(name), str):
+        raise UserError(f"{where}: no text in field {name!r}: expected {expected} (found {', '.join(map(repr, row))})")
+    return row[name]
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def undamaged(name: object) -> Iterator[None]:
+    """Turn what compressed files raise when they are cut or damaged into a UserError."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile, BadZipFile, TarError) as error:
+        raise UserError(f"{name} is cut or damaged: {error}") from error
+
+
+def open_plain(path: Path) -> IO[bytes]:
+    """A file as bytes, unpacked on the way if its name ends in .gz. Raises UserError where it does not exist."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is no file")
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def lines(file: IO[bytes], name: object) -> Iterator[tuple[str, str]]:
+    """(where, text without white space at its ends) of every line, empty ones too; only a line feed ends a line."""
+    for number, line in enumerate(file, 1):
+        where = f"{name}:{number}"
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not valid UTF-8 (byte {error.start})") from error
+        yield where, (text.removeprefix("\ufeff") if number == 1 else text).strip()
+
+
+def json_lines(file: IO[bytes], name: object) -> Iterator[tuple[str, Row]]:
+    """(where, row) of a stream of JSON Lines, for files inside archives; others are read by `rows.read_rows`."""
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            where = f"{name}:{number}"
+            yield checked_row(parse_json(line, where), where)
+
+
+# ------------------------------------------------------------------------------------------------------------- the hub
+
+
+def hub_configurations(name: str) -> list[str]:
+    """Configurations of a dataset on the hub. Raises UserError where it cannot be had."""
+    import datasets  # here: it takes seconds, and files need it not
+
+    try:
+        return datasets.get_dataset_config_names(name)
+    except Exception as error:  # datasets raises many kinds
+        raise UserError(_unreadable(name, error)) from error
+
+
+def hub_rows(name: str, configuration: str, splits: Collection[str]) -> Iterator[tuple[str, str, Row]]:
+    """(split, where, row) of one configuration, streamed. Args: splits: of ours, those that are wanted."""
+    import datasets
+
+    try:
+        theirs = datasets.get_dataset_split_names(name, configuration)
+    except Exception as error:
+        raise UserError(_unreadable(f"{name} {configuration}", error)) from error
+    unknown = [split for split in theirs if split not in SPLITS]
+    if unknown:
+        raise UserError(f"{name} {configuration} has a split {unknown[0]}, expected {', '.join(SPLITS)}")
+    for split in theirs:
+        if SPLITS[split] in splits:
+            source = Source(path=name, subset=configuration, split=split)
+            for number, (_, row) in enumerate(read_rows(source), 1):
+                yield SPLITS[split], f"{name} {configuration} {split}, row {number}", row
+
+
+def _unreadable(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    return f"{name} is neither a local file or directory nor a readable hub dataset: {reason}"
