@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from mlalign.errors import UserError
+from mlalign import jobs
+from mlalign.errors import NotMetError, StoppedError, UserError
+from mlalign.launchers import rank_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -289,25 +291,32 @@ def _codes(text: str | None) -> list[str] | None:
 def main() -> None:
     """Run a verb. A user's mistake is one sentence on stderr and exit code 2."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch")  # of theirs to each other
-    rank = os.environ.get("RANK", "0")
     try:
         app(standalone_mode=True)
     except SystemExit as leaving:  # the way out of every verb that succeeded
         if "RANK" not in os.environ:
             raise
         _leave(leaving.code or 0)
+    except StoppedError:
+        if rank_of() == 0:
+            jobs.say_stopped()
+        _leave(0, "stopped by a signal: what is finished is kept, and the same command goes on" * (rank_of() == 0))
+    except NotMetError as error:
+        _leave(75, f"{error}")
     except UserError as error:
-        if rank != "0":
+        rank = rank_of()
+        jobs.say_error(rank, str(error))
+        if rank > 0:
             time.sleep(3)  # most mistakes are every rank's: let rank 0 say it, and its launcher end the others
-        _leave(2, f"{error}" if rank == "0" else f"rank {rank}: {error}")
+        _leave(2, f"rank {rank}: {error}" if rank > 0 else str(error))
     except OSError as error:  # a full disk, a permission, a directory that went away
-        _leave(2, f"rank {rank}: {error}")
+        _leave(2, f"rank {rank_of()}: {error}")
 
 
 def _leave(code: int, sentence: str = "") -> None:
     """End a process that may belong to a group: tearing down the group's threads can hang or abort when all is done."""
     if sentence:
-        print(f"mlalign: error: {sentence}", file=sys.stderr)
+        print(f"mlalign: error: {sentence}" if code else f"mlalign: {sentence}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

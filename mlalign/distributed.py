@@ -1,7 +1,7 @@
-"""Ranks: who am I, gather with exact gradients, reduce.
+"""Ranks: join them, gather with exact gradients, reduce.
 
-`init()` recognises the `deepspeed` and `torchrun` launchers by RANK and WORLD_SIZE, and a lone process by their
-absence. Everything else here works on one rank too, so that callers never ask how many there are.
+`init()` joins the processes that a launcher started, see `launchers`, or makes a lone process a group of one. All else
+here works on one rank too, so that callers never ask how many there are.
 """
 
 import os
@@ -16,66 +16,82 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mlalign.errors import UserError
+from mlalign import launchers
+from mlalign.errors import NotMetError, StoppedError, UserError
+from mlalign.launchers import Place
 
-_TIMEOUT = timedelta(minutes=30)
+_TIMEOUT = timedelta(minutes=30)  # of a collective
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def init() -> None:
-    """Join the process group: nccl on CUDA, gloo on CPU.
+    """Join the process group: nccl on CUDA, gloo on CPU. RENDEZVOUS_TIMEOUT (seconds, 300) bounds the wait for others.
 
-    Raises UserError where several processes were started without telling each its rank: training would go on as
-    several independent runs.
+    Raises UserError, naming rank, host and variable, where the processes do not find each other.
     """
     if dist.is_initialized():
         return
-    _refuse_unranked()
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
-    needed = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
-    if missing:
-        raise UserError(f"RANK is set but {missing[0]} is not: start through `deepspeed` or `torchrun`")
-    cuda = uses_cuda()
-    if cuda and local_rank() >= torch.cuda.device_count():
-        raise UserError(
-            f"local rank {local_rank()} finds {torch.cuda.device_count()} GPUs on {socket.gethostname()}: start one "
-            "process per GPU at most, or set DS_ACCELERATOR=cpu"
-        )
-    if cuda:
-        torch.cuda.set_device(local_rank())
+    place = launchers.discover()
+    where = {"MASTER_ADDR": place.address, "MASTER_PORT": place.port}
+    names = {"RANK": place.rank, "WORLD_SIZE": place.world_size, "LOCAL_RANK": place.local_rank, **where}
+    os.environ.update({name: str(value) for name, value in names.items()})  # for torch and DeepSpeed
+    if uses_cuda():
+        torch.cuda.set_device(_device_index(place))
+    _join(place)
 
     import deepspeed  # here: it takes seconds, and commands that need no engine should not pay for it
 
-    deepspeed.init_distributed(
-        "nccl" if cuda else "gloo",
-        auto_mpi_discovery=False,
-        timeout=_TIMEOUT,
-        verbose=False,
-    )
+    deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False)
 
 
 def launched() -> bool:
-    """Whether a launcher started this process as one of several. Raises UserError as `init` does."""
-    _refuse_unranked()
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+    """Whether a launcher started this process as one of several."""
+    return launchers.started_together() > 1
 
 
-def _refuse_unranked() -> None:
-    counts = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun", "SLURM_STEP_NUM_TASKS": "srun"}
-    for variable, launcher in counts.items():
-        if "RANK" not in os.environ and int(os.environ.get(variable, 1)) > 1:
-            raise UserError(
-                f"{launcher} started {os.environ[variable]} processes but RANK and WORLD_SIZE are not set, so each "
-                "would train alone: start through `deepspeed` or `torchrun`"
+def _device_index(place: Place) -> int:
+    """`srun --gpus-per-task=1` shows each rank a single GPU, its own; elsewhere all ranks see all of their host's."""
+    count = torch.cuda.device_count()
+    if place.launcher == "srun" and count == 1:
+        return 0
+    if place.local_rank >= count:
+        raise UserError(
+            f"local rank {place.local_rank} finds {count} GPUs on {socket.gethostname()}: start one process per GPU at "
+            "most, or set DS_ACCELERATOR=cpu"
+        )
+    return place.local_rank
+
+
+def _join(place: Place) -> None:
+    """Meet the others at rank 0's store, within the rendezvous timeout, and form the group."""
+    who = f"rank {place.rank} on host {socket.gethostname()}"
+    seconds = os.environ.get("RENDEZVOUS_TIMEOUT", "300")
+    if not seconds.isdecimal() or int(seconds) == 0:
+        raise UserError(f"RENDEZVOUS_TIMEOUT is {seconds!r}, expected a number of seconds")
+    try:
+        socket.getaddrinfo(place.address, place.port)
+    except OSError as error:
+        raise UserError(
+            f"{who}: MASTER_ADDR {place.address} is no host that is known here: set it to rank 0's host name or address"
+        ) from error
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=int(seconds))))
+        store.set_timeout(_TIMEOUT)
+        backend = "nccl" if uses_cuda() else "gloo"
+        ranks = {"rank": place.rank, "world_size": place.world_size}
+        dist.init_process_group(backend, store=store, timeout=_TIMEOUT, **ranks)
+    except (RuntimeError, ValueError, OSError) as error:
+        meeting = f"{place.address}:{place.port} (MASTER_ADDR and MASTER_PORT)"
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            reason = f"the port of {meeting} is taken by another program: set another MASTER_PORT"
+        elif place.rank == 0:
+            reason = (
+                f"not all of {place.world_size} ranks (WORLD_SIZE) came to {meeting} within {seconds} s: were so many "
+                "started, and can the others reach this host?"
             )
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+        else:
+            reason = f"no rank 0 at {meeting} within {seconds} s: is it running on that host, and is the port open?"
+        raise NotMetError(f"{who}: {reason}") from error
 
 
 def rank() -> int:
@@ -227,6 +243,11 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._note) for number in _STOP_SIGNALS}
         return self
+
+    def check(self) -> None:
+        """Raise StoppedError on all ranks where a signal reached any. Called by all ranks, between units of work."""
+        if any_rank(self.received):
+            raise StoppedError
 
     def _note(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self.received:

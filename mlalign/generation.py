@@ -20,6 +20,8 @@ from mlalign.errors import UserError
 from mlalign.model import load_for_inference
 
 Prompts = list[list[int]]
+Generate = Callable[[Prompts, Callable[[], None]], list[str]]
+"""Prompts, and what is called by all ranks between batches and may raise to stop -> answers."""
 
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)  # what reasoning models write before the answer
 
@@ -37,7 +39,7 @@ class Decoding:
     max_new_tokens: int = 128
 
 
-def open_backend(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> Callable[[Prompts], list[str]]:
+def open_backend(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> Generate:
     """Load the model. The function that is returned must be called by all ranks, and answers on all."""
     if decoding.backend not in _BACKENDS:
         raise UserError(f"backend {decoding.backend} is none of {', '.join(_BACKENDS)}")
@@ -64,7 +66,7 @@ def _answer(tokens: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBa
 # ---------------------------------------------------------------------------------------------------- transformers
 
 
-def _open_hf(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> Callable[[Prompts], list[str]]:
+def _open_hf(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> Generate:
     lm = load_for_inference(Model(path=decoding.model, precision=decoding.precision), decoding.adapter)
     base = lm.get_base_model() if isinstance(lm, PeftModel) else lm
     ends, pad = end_ids(tokenizer, base.generation_config.eos_token_id), pad_id(tokenizer)
@@ -78,11 +80,15 @@ def _open_hf(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> Callable
     )
 
     @torch.inference_mode()
-    def generate(prompts: Prompts) -> list[str]:
+    def generate(prompts: Prompts, check: Callable[[], None]) -> list[str]:
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # a batch too large fails at once
         batches = [order[start : start + decoding.batch_size] for start in range(0, len(order), decoding.batch_size)]
         answers: dict[int, str] = {}
-        for index in batches[distributed.rank() :: distributed.world_size()]:
+        for first in range(0, len(batches), distributed.world_size()):
+            check()
+            index = dict(enumerate(batches[first:])).get(distributed.rank(), [])
+            if not index:  # the last round has fewer batches than ranks
+                continue
             inputs = _left_padded([prompts[i] for i in index], pad, distributed.device())
             tokens = lm.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
             answers |= {i: _answer(row, ends, tokenizer) for i, row in zip(index, tokens.tolist())}
@@ -101,7 +107,7 @@ def _left_padded(prompts: Prompts, pad: int, device: torch.device) -> dict[str, 
 # ------------------------------------------------------------------------------------------------------------ vLLM
 
 
-def _open_vllm(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> Callable[[Prompts], list[str]]:
+def _open_vllm(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> Generate:
     if distributed.world_size() > 1:
         raise UserError("backend vllm spreads over the GPUs by itself: start it without a launcher")
     if decoding.beams > 1:
@@ -122,7 +128,8 @@ def _open_vllm(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> Callab
     how = SamplingParams(temperature=0.0, max_tokens=decoding.max_new_tokens, stop_token_ids=ends)
     lora = LoRARequest("adapter", 1, decoding.adapter) if decoding.adapter else None
 
-    def generate(prompts: Prompts) -> list[str]:
+    def generate(prompts: Prompts, check: Callable[[], None]) -> list[str]:
+        check()
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], how, lora_request=lora)
         return [_answer(list(each.outputs[0].token_ids), ends, tokenizer) for each in outputs]
 

@@ -6,7 +6,7 @@ of the model, the settings and the sentences, so that an interrupted probe encod
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mlalign import __version__, distributed
+from mlalign import __version__, distributed, jobs
 from mlalign.config import Model, read_deepspeed
 from mlalign.data import collate_ids, encode_text, pad_id
 from mlalign.errors import UserError
@@ -105,12 +105,18 @@ def state_files(encoder: Encoder, parallel: Parallel, folder: Path) -> dict[str,
 
 
 def encode(
-    encoder: Encoder, parallel: Parallel, files: dict[str, Path], batch_size: int, deepspeed: str | None
+    encoder: Encoder,
+    parallel: Parallel,
+    files: dict[str, Path],
+    batch_size: int,
+    deepspeed: str | None,
+    check: Callable[[], None],
 ) -> None:
     """Write the state files that are missing; every rank takes a share of each language. Nothing missing: no model.
 
     The batches do not depend on the number of ranks, so neither do the states.
-    Args: deepspeed: a DeepSpeed file of ZeRO-3, which shards the model over the ranks.
+    Args: deepspeed: a DeepSpeed file of ZeRO-3, which shards the model over the ranks; check: called by all ranks
+    between batches, may raise to stop.
     """
     missing = distributed.broadcast_object([language for language, path in files.items() if not path.exists()])
     kept = len(files) - len(missing)
@@ -129,13 +135,14 @@ def encode(
         cut = sum(len(row) > positions for row in rows) if positions else 0
         rows = [row[:positions] for row in rows]
         states = None
-        for index, part in _encoded(module, rows, batch_size, pad, None if encoder.pool_bos else bos):
+        for index, part in _encoded(module, rows, batch_size, pad, None if encoder.pool_bos else bos, check):
             _refuse_non_finite(part, index, encoder, parallel.places[language])
             if states is None:
                 states = np.empty((*part.shape[:2], len(rows), part.shape[3]), dtype=np.float32)
             states[:, :, index] = part.numpy()
         if distributed.is_main():
             _write(states, files[language])
+            jobs.say_progress(f"{files[language]}")
         seconds = time.monotonic() - start
         note = f", {cut:,} cut at {positions:,} tokens" if cut else ""
         say(f"encoded {language}: {len(rows):,} sentences, {sum(map(len, rows)):,} tokens{note}, {seconds:.1f} s")
@@ -157,16 +164,22 @@ def _load(encoder: Encoder, deepspeed: str | None) -> nn.Module:
 
 @torch.inference_mode()
 def _encoded(
-    module: nn.Module, rows: list[list[int]], batch_size: int, pad: int, unpooled: int | None
+    module: nn.Module,
+    rows: list[list[int]],
+    batch_size: int,
+    pad: int,
+    unpooled: int | None,
+    check: Callable[[], None],
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """On rank 0: (numbers of rows, their states on the CPU) batch by batch. Every rank must iterate.
 
-    Args: unpooled: a first token that the mean leaves out, where it is not the only one.
+    Args: unpooled: a first token that the mean leaves out, where it is not the only one; check: may raise to stop.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)  # what fits, fits at once
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     ranks = distributed.world_size()
     for start in range(0, len(batches), ranks):
+        check()
         together = batches[start : start + ranks]
         # Ranks without a batch in the last round still take part: under ZeRO-3 a forward is a collective.
         own = together[min(distributed.rank(), len(together) - 1)]

@@ -346,17 +346,3 @@ def test_the_command_line_prints_the_sentence_and_exits_with_2(tmp_path, setting
     assert process.returncode == 2
     assert f"mlalign: error: {tmp_path}/bad.jsonl:2: not valid JSON" in output
     assert "Traceback" not in output
-
-
-def test_processes_that_know_no_rank_are_refused(tmp_path, settings):
-    OmegaConf.save(OmegaConf.create(settings), tmp_path / "c.yaml")
-    bare = {k: v for k, v in ENVIRONMENT.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [*ALONE, "train", str(tmp_path / "c.yaml")],
-        env=bare | {"SLURM_STEP_NUM_TASKS": "2"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2
-    assert "srun started 2 processes but RANK and WORLD_SIZE are not set" in done.stderr

@@ -18,12 +18,12 @@ from types import ModuleType
 
 from langcodes import tag_is_valid
 
-from mlalign import distributed, report
+from mlalign import distributed, jobs, report
 from mlalign.comet import comet_scores
 from mlalign.config import Model, Source
 from mlalign.data import answer_text, encode_prompt
 from mlalign.errors import UserError
-from mlalign.generation import Decoding, open_backend
+from mlalign.generation import Decoding, Generate, open_backend
 from mlalign.model import load_model_config, load_tokenizer
 from mlalign.predictions import (
     Predictions,
@@ -91,15 +91,23 @@ def evaluate(settings: Settings) -> list[dict]:
         say(f"the tokenizer of {settings.model} has no padding token: masked zeros take its place")
     tests = _read_tests(settings, task, tokenizer)
     reports = []
-    for folder, adapter in adapters.items():
-        decoding = Decoding(
-            model=settings.model,
-            adapter=adapter,
-            **{name: getattr(settings, name) for name in ("backend", "precision", "beams", "batch_size")},
-            max_new_tokens=settings.max_new_tokens,
-        )
-        _predict(settings, decoding, tests, folder, lambda decoding=decoding: open_backend(decoding, tokenizer))
-        reports.append(_report(settings, task, folder))
+    with distributed.StopSignals() as signals:
+        for folder, adapter in adapters.items():
+            decoding = Decoding(
+                model=settings.model,
+                adapter=adapter,
+                **{name: getattr(settings, name) for name in ("backend", "precision", "beams", "batch_size")},
+                max_new_tokens=settings.max_new_tokens,
+            )
+            _predict(
+                settings,
+                decoding,
+                tests,
+                folder,
+                lambda decoding=decoding: open_backend(decoding, tokenizer),
+                signals.check,
+            )
+            reports.append(_report(settings, task, folder))
     return reports
 
 
@@ -175,7 +183,8 @@ def _predict(
     decoding: Decoding,
     tests: dict[str, _Tests],
     folder: Path,
-    open_model: Callable[[], Callable[[list[list[int]]], list[str]]],
+    open_model: Callable[[], Generate],
+    check: Callable[[], None],
 ) -> None:
     """Write the prediction files that are missing. Called by all ranks; rank 0 alone reads and writes files."""
     with distributed.on_main():
@@ -187,15 +196,16 @@ def _predict(
     if len(missing) < len(tests) and not settings.quiet:
         say(f"{len(tests) - len(missing)} of {len(tests)} languages are in {folder / 'predictions'} already")
     generate = open_model() if missing else None
-    for language in missing:
+    for number, language in enumerate(missing, len(tests) - len(missing) + 1):
         of, start = tests[language], time.monotonic()
-        texts = generate(of.prompts)
+        texts = generate(of.prompts, check)
         with distributed.on_main():
             if distributed.is_main():
                 try:
                     write_predictions(folder, language, Predictions(of.ids, texts, of.golds))
                 except OSError as error:
                     raise UserError(f"output {folder} cannot be written: {error.strerror or error}") from error
+                jobs.say_progress(f"{folder}: {number} languages")
         seconds = time.monotonic() - start
         if not settings.quiet:
             say(f"{language}: {len(texts):,} answers, {seconds:.1f} s, {len(texts) / seconds:.1f} per second")

@@ -16,6 +16,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -97,11 +98,12 @@ def probe(settings: Settings) -> dict:
         with distributed.on_main():
             if distributed.is_main():
                 _check_space(parallel, encoders, files, settings.output)
-        for name, encoder in encoders.items():
-            encode(encoder, parallel, files[name], settings.batch_size, settings.deepspeed)
-        encoded = time.monotonic()
-        distributed.barrier()  # the files are whole before any rank reads them
-        measured = _measure(parallel, encoders, files, folder, fingerprint)
+        with distributed.StopSignals() as signals:
+            for name, encoder in encoders.items():
+                encode(encoder, parallel, files[name], settings.batch_size, settings.deepspeed, signals.check)
+            encoded = time.monotonic()
+            distributed.barrier()  # the files are whole before any rank reads them
+            measured = _measure(parallel, encoders, files, folder, fingerprint, signals.check)
         result = _result(settings, parallel, encoders, measured, fingerprint)
         say(f"encoding took {encoded - start:.1f} s, scoring {time.monotonic() - encoded:.1f} s")
     else:
@@ -268,8 +270,12 @@ def _measure(
     files: dict[str, dict[str, Path]],
     folder: Path,
     fingerprint: str,
+    check: Callable[[], None],
 ) -> dict[tuple[str, str, int], dict[str, np.ndarray]]:
-    """(model, pooling, layer) -> measures; the ranks take turns. What is measured is kept, so that nothing is twice."""
+    """(model, pooling, layer) -> measures; the ranks take turns. What is measured is kept, so that nothing is twice.
+
+    Args: check: called by all ranks between layers; may raise to stop.
+    """
     work = [
         (name, pooling, number, layer)
         for name, encoder in encoders.items()
@@ -277,7 +283,12 @@ def _measure(
         for layer in range(len(encoder.layers))
     ]
     own = {}
-    for name, pooling, number, layer in work[distributed.rank() :: distributed.world_size()]:
+    for first in range(0, len(work), distributed.world_size()):
+        check()
+        mine = dict(enumerate(work[first:])).get(distributed.rank())
+        if mine is None:  # the last round has fewer layers than ranks
+            continue
+        name, pooling, number, layer = mine
 
         def load(language: str, paths=files[name], number=number, layer=layer):
             return load_layer(paths[language], number, layer)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mlalign import checkpoint, distributed, model, schedule
+from mlalign import checkpoint, distributed, jobs, model, schedule
 from mlalign.config import Config, read_deepspeed
 from mlalign.data import collate_bitext, collate_task, pad_id, pair_keys, prefers_one_pass
 from mlalign.dataset import Dataset, load_dataset
@@ -129,6 +129,8 @@ def train(config: Config) -> None:
     if any(section and section.streaming for section in (config.task, config.alignment)):
         _say_counts(dataset)
     say(_farewell(progress, run_dir, steps, stop))
+    if stop and not finished and distributed.is_main():
+        jobs.say_stopped()
 
 
 def _backward(engine, config: Config, dataset: Dataset, step: int, pad: int, meter: Meter) -> bool:
@@ -188,6 +190,8 @@ def _save(engine, dataset: Dataset, meter: Meter, run_dir: Path, progress: Progr
     state = {"progress": asdict(progress), "orders": orders, "steps": steps, "epoch_rows": dataset.epoch_rows}
     own = {"random_state": random_state(), "losses": meter.losses()}
     checkpoint.save(engine, run_dir, progress.step, state, own)
+    if distributed.is_main():
+        jobs.say_progress(f"{run_dir}: step {progress.step}")
     checkpoint.rotate(run_dir, keep={progress.best_step})
 
 

@@ -1,0 +1,106 @@
+# What every job does around its `srun`: environment, signals, starting again. Sourced by the .sbatch files.
+#
+#     run_job VERB ARGS...      mlalign VERB ARGS on one task per GPU of the allocation
+#
+# The job's directory, $LOG_DIR/<name>-<job id>, holds rank-N.log, and what the ranks leave there (see mlalign/jobs.py):
+# `stopped` after a signal, `error-rank-N` after a mistake, `progress` after every save.
+
+site=${MLALIGN_SITE:-$MLALIGN_HOME/slurm/site.env}
+# shellcheck source=/dev/null
+[ ! -e "$site" ] || source "$site"
+
+say() { echo "$(date +%FT%T) mlalign job $SLURM_JOB_ID: $*"; }
+
+run_job() {
+    local verb=$1 dir=${LOG_DIR:-$SLURM_SUBMIT_DIR/logs}/$SLURM_JOB_NAME-$SLURM_JOB_ID rc
+    shift
+    export MLALIGN_JOB_DIR=$dir
+    mkdir -p "$dir"
+    prepare_environment
+    stage "$@"
+    rm -f "$dir/stopped" "$dir"/error-rank-*
+    local command=(srun --kill-on-bad-exit=1 --open-mode=append --output="$dir/rank-%t.log" ${SRUN_FLAGS:-})
+    case ${CONTAINER_RUNTIME:-none} in
+        none) ;;
+        pyxis) command+=(--container-image="$CONTAINER" --container-mounts="${CONTAINER_MOUNTS:-$PWD}" --container-workdir="$PWD") ;;
+        apptainer) command+=(apptainer exec --nv --bind "${CONTAINER_MOUNTS:-$PWD}" --pwd "$PWD" "$CONTAINER") ;;
+        *) say "CONTAINER_RUNTIME is $CONTAINER_RUNTIME, expected none, pyxis or apptainer" && exit 2 ;;
+    esac
+    say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)): mlalign $verb $* on $SLURM_JOB_NODELIST; logs in $dir"
+    "${command[@]}" python -m mlalign "$verb" "${STAGED[@]}" &
+    step=$!
+    trap 'say "warned by USR1: stopping after the step that runs"; kill -USR1 $step' USR1
+    trap 'kill -TERM $step' TERM
+    # A trapped signal ends `wait`, not srun: wait again until it is gone.
+    while wait $step && rc=0 || rc=$?; kill -0 $step 2>/dev/null; do :; done
+    wait $step && rc=0 || rc=$? # its own exit code, where the signal came with its end
+    if [ -e "$dir/stopped" ]; then
+        again "stopped by a signal, all is saved"
+    elif compgen -G "$dir/error-rank-*" >/dev/null; then
+        say "not started again, something is to be mended first: $(head -qn1 "$dir"/error-rank-* | head -1)"
+        exit 2
+    elif [ $rc -ne 0 ]; then
+        after_crash $rc
+    else
+        rm -f "$dir/progress" "$dir/crashes"
+        say "done"
+    fi
+}
+
+prepare_environment() {
+    for module in ${MODULES:-}; do module load "$module"; done
+    # shellcheck source=/dev/null
+    [ -z "${VENV:-}" ] || source "$VENV/bin/activate"
+    unset SLURM_EXPORT_ENV # set by --export=NONE, and then the tasks would start without PATH
+    export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # compute nodes have no internet: fetch on the login node, see slurm/README.md
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+    # Compiled kernels go to local disk: ranks on a shared file system wait for each other's locks.
+    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${LOCAL_DIR:-/tmp}/mlalign-$(id -un)/triton}
+    export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-${LOCAL_DIR:-/tmp}/mlalign-$(id -un)/extensions}
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1)
+    export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+}
+
+# Copies STAGE_DIR to LOCAL_DIR on every node and puts the copy's path in place of it in the arguments.
+stage() {
+    STAGED=("$@")
+    [ -n "${STAGE_DIR:-}" ] || return 0
+    local copy=${LOCAL_DIR:?STAGE_DIR needs LOCAL_DIR, the local disk of a node}/mlalign-$SLURM_JOB_ID
+    say "staging $STAGE_DIR to $copy"
+    srun --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" bash -c 'mkdir -p "$1" && cp -a "$0/." "$1"' "$STAGE_DIR" "$copy"
+    STAGED=("${@//$STAGE_DIR/$copy}")
+}
+
+# Starts the job again, unless it is being cancelled or Slurm requeues it by itself.
+again() {
+    local state
+    state=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p')
+    if [ "$state" != RUNNING ]; then
+        say "$1; not requeued by this script: the job is $state"
+    elif [ "${REQUEUE:-yes}" = yes ]; then
+        say "$1: requeued"
+        scontrol requeue "$SLURM_JOB_ID"
+    elif [ -n "${MLALIGN_RESUBMIT:-}" ]; then
+        say "$1: the next job of the chain is submitted"
+        eval "sbatch --dependency=afterany:$SLURM_JOB_ID $MLALIGN_RESUBMIT"
+    else
+        say "$1; submit the same command again, REQUEUE is $REQUEUE"
+    fi
+}
+
+# A rank was killed, or a node went away: start again, but not for ever and not where nothing moves.
+after_crash() {
+    local dir=$MLALIGN_JOB_DIR progress count
+    progress=$(cat "$dir/progress" 2>/dev/null || echo nothing)
+    count=$(wc -l <"$dir/crashes" 2>/dev/null || echo 0)
+    if [ "$count" -gt 0 ] && [ "$(tail -1 "$dir/crashes")" = "$progress" ]; then
+        say "crashed with exit code $1, twice after the same save ($progress): not started again, see $dir/rank-*.log"
+        exit "$1"
+    fi
+    if [ "$count" -ge "${MAX_CRASHES:-20}" ]; then
+        say "crashed with exit code $1 for the $((count + 1))th time, MAX_CRASHES is ${MAX_CRASHES:-20}: not started again"
+        exit "$1"
+    fi
+    echo "$progress" >>"$dir/crashes"
+    again "crashed with exit code $1, saved last: $progress"
+}

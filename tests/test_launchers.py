@@ -1,0 +1,182 @@
+"""Who am I? Every launcher's environment, real launchers with equal losses, and meetings that fail in one sentence."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from mlalign.errors import UserError
+from mlalign.launchers import Place, discover, first_host, started_together
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+TORCH = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+STEP = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "gpu[012-014,17],x1",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "1234567",
+}
+
+
+def test_every_launcher_is_recognised():
+    assert discover(TORCH) == Place("deepspeed", 3, 4, 1, "n1", 29500)
+    assert discover(TORCH | {"TORCHELASTIC_RUN_ID": "x"}).launcher == "torchrun"
+    assert discover(STEP) == Place("srun", 3, 4, 1, "gpu012", 24567)
+    assert discover(STEP | {"MASTER_ADDR": "h", "MASTER_PORT": "5"}) == Place("srun", 3, 4, 1, "h", 5)
+    alone = discover({})
+    assert (alone.launcher, alone.rank, alone.world_size, alone.address) == ("none", 0, 1, "127.0.0.1")
+
+
+def test_torchrun_inside_a_slurm_step_counts_and_a_batch_script_does_not():
+    one_agent_per_node = STEP | {"SLURM_STEP_NUM_TASKS": "2"}
+    assert discover(TORCH | one_agent_per_node).rank == 3
+    batch = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
+    assert discover(batch).launcher == "none"
+    assert [started_together(each) for each in ({}, batch, TORCH, STEP, {"OMPI_COMM_WORLD_SIZE": "3"})] == [
+        1,
+        1,
+        4,
+        4,
+        3,
+    ]
+    assert discover({"OMPI_COMM_WORLD_SIZE": "1"}).launcher == "none"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[012-014,17],x1", "gpu012"),
+        ("127.0.1.[1-2]", "127.0.1.1"),
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("r[1-2]n[3,5-7]", "r1n3"),
+        ("n[3,5]-ib", "n3-ib"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0"}, "RANK is set but WORLD_SIZE is not"),
+        (TORCH | {"RANK": "4"}, "RANK is 4, but WORLD_SIZE is 4"),
+        (TORCH | {"RANK": "one"}, "RANK is 'one', expected a number"),
+        (TORCH | {"MASTER_PORT": ""}, "MASTER_PORT is '', expected a number"),
+        ({**TORCH, **STEP, "RANK": "0", "WORLD_SIZE": "1"}, "WORLD_SIZE is 1, but SLURM_STEP_NUM_TASKS says that 4"),
+        (TORCH | {"OMPI_COMM_WORLD_SIZE": "8"}, "WORLD_SIZE is 4, but OMPI_COMM_WORLD_SIZE says that 8"),
+        (
+            {k: v for k, v in STEP.items() if k != "SLURM_STEP_NODELIST"},
+            "SLURM_STEP_NODELIST and MASTER_ADDR are not set",
+        ),
+        (STEP | {"SLURM_JOB_ID": ""}, "SLURM_JOB_ID is '', expected a number"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 processes, but mpi4py sees 1"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(environment, message):
+    if "mpi4py" in message:  # in a process of its own: this starts MPI
+        code = f"from mlalign.launchers import discover; discover({environment})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert message in done.stderr
+        return
+    with pytest.raises(UserError, match=message):
+        discover(environment)
+
+
+# ------------------------------------------------------------------------------------------------------ real launchers
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory, tiny_model, rows):
+    """losses(launcher): of two ranks that a script in launch/ started, step by step."""
+    folder = tmp_path_factory.mktemp("launchers")
+
+    def run(launcher: str) -> list[dict]:
+        run_dir = folder / launcher
+        settings = {
+            "run_dir": str(run_dir),
+            "model": {"path": str(tiny_model)},
+            "lora": {"dropout": 0.1},
+            "task": {"train": str(rows["task"]), "batch_size": 8, "micro_batch_size": 2, "max_length": 200},
+            "alignment": {"train": str(rows["bitext"]), "batch_size": 8, "micro_batch_size": 4},
+            "optimizer": {"steps": 3, "lr": 1e-2, "schedule": "constant", "warmup_ratio": 0.0},
+            "deepspeed": "ds_configs/zero2.json",
+            "log_every": 1,
+        }
+        recipe = folder / f"{launcher}.yaml"
+        OmegaConf.save(OmegaConf.create(settings), recipe)
+        environment = os.environ | {"NPROC": "2", "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            [ROOT / "launch" / f"{launcher}.sh", recipe], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "2 ranks, ZeRO-2" in done.stdout
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        return [{name: value for name, value in line.items() if name.endswith(("loss", "norm"))} for line in lines]
+
+    return run
+
+
+def test_deepspeed_torchrun_and_mpirun_give_the_same_losses(losses):
+    first = losses("deepspeed")
+    assert len(first) == 3
+    assert losses("torchrun") == first
+    assert losses("mpirun") == first
+
+
+# ------------------------------------------------------------------------------------------------- meetings that fail
+
+
+def join(**environment: str) -> subprocess.CompletedProcess:
+    """One process alone tries to join a group."""
+    code = "from mlalign.distributed import init\nfrom mlalign.errors import UserError\ntry:\n  init()\n"
+    code += "except UserError as e:\n  print(e)"
+    names = {"RENDEZVOUS_TIMEOUT": "3", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    bare = {k: v for k, v in os.environ.items() if k not in ("RANK", "MASTER_PORT")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=bare | names | environment, capture_output=True, text=True, timeout=90
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0", "MASTER_ADDR": "no-such-host.invalid"}, "MASTER_ADDR no-such-host.invalid is no host"),
+        ({"RANK": "1"}, "no rank 0 at 127.0.0.1:{port} (MASTER_ADDR and MASTER_PORT) within 3 s"),
+        (
+            {"RANK": "0"},
+            "not all of 2 ranks (WORLD_SIZE) came to 127.0.0.1:{port} (MASTER_ADDR and MASTER_PORT) within 3 s",
+        ),
+        ({"RANK": "0", "RENDEZVOUS_TIMEOUT": "soon"}, "RENDEZVOUS_TIMEOUT is 'soon', expected a number of seconds"),
+    ],
+)
+def test_a_meeting_that_fails_is_one_sentence_in_time(environment, message):
+    port = str(free_port())
+    done = join(MASTER_PORT=port, **environment)
+    said = done.stdout.strip().splitlines()[-1]
+    assert message.format(port=port) in said
+    assert said.startswith(f"rank {environment['RANK']} on host {socket.gethostname()}") or "RENDEZVOUS" in said
+
+
+def test_a_port_that_is_taken_is_one_sentence():
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        done = join(RANK="0", MASTER_PORT=str(port))
+    assert f"the port of 127.0.0.1:{port} (MASTER_ADDR and MASTER_PORT) is taken" in done.stdout
