@@ -22,12 +22,13 @@ if [ ! -e "$out/data/task/prepare.json" ]; then
     mlalign prepare $corpus "$data/$folder" "$out/data/task" --format "${FORMAT:-chat}" $train_rows
 fi
 if [ ! -e "$out/data/bitext/prepare.json" ]; then
-    mlalign prepare bitext "$data/tatoeba" "$out/data/bitext" --dev 20 --against "$out/data/task/test.*.jsonl" $train_rows
+    mlalign prepare bitext "$data/tatoeba" "$out/data/bitext" --dev 20 --against "$out/data/task/dev.*.jsonl" \
+        --against "$out/data/task/test.*.jsonl" $train_rows
 fi
 
-dev= # rows of languages that have labels, and of no other: a run that stops by them has seen no new language
+dev= dev_flags=() # rows of languages that have labels, and of no other: so nothing is tuned on a new language
 for file in "$out"/data/task/train.*.jsonl; do
-    [ ! -e "${file/train./dev.}" ] || dev+=${dev:+,}${file/train./dev.}
+    [ ! -e "${file/train./dev.}" ] || { dev+=${dev:+,}${file/train./dev.} && dev_flags+=(--dev "${file/train./dev.}"); }
 done
 train() {
     "$here/launch/deepspeed.sh" "$here/mlalign/recipes/$task.yaml" "model.path=$model" "run_dir=$out/$1" \
@@ -43,6 +44,6 @@ test --test "$out/data/task/test.*.jsonl" --output "$out/test" --adapter "$out/s
 mlalign compare "$out/test/sft" "$out/test/aligned" --output "$out/compare"
 
 "$here/launch/torchrun.sh" merge "$out/sft" "$out/alignment_only" --output "$out/merged" --weight auto --task "$task" \
-    --dev "$out/data/task/dev.*.jsonl" --grid 0,0.25,0.5,0.75,1 --max-new-tokens $tokens $test_rows
+    "${dev_flags[@]}" --grid 0,0.25,0.5,0.75,1 --max-new-tokens $tokens $test_rows
 test --test "$out/data/task/test.*.jsonl" --output "$out/test/merged" --adapter "$out/merged"
 mlalign compare "$out/test/sft" "$out/test/aligned" "$out/test/merged" --output "$out/compare_all"

@@ -5,4 +5,5 @@ set -euo pipefail
 case ${1:-} in train | evaluate | probe | merge) verb=$1 && shift ;; *) verb=train ;; esac
 nproc=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec deepspeed --num_accelerators "$nproc" --no_local_rank --log_level error --module mlalign "$verb" "$@"
+port=${MASTER_PORT:-$(python -c 'from mlalign.launchers import free_port; print(free_port())')} # 29500 is every job's
+exec deepspeed --master_port "$port" --num_accelerators "$nproc" --no_local_rank --log_level error --module mlalign "$verb" "$@"

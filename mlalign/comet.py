@@ -56,12 +56,12 @@ def comet_scores(predictions: Predictions, model: str, kept: Path) -> np.ndarray
     return np.array(scores)
 
 
-def kept_scores(predictions: Predictions, kept: Path) -> np.ndarray | None:
-    """The scores that an evaluation left in `kept`, [rows]; None where there are none of these predictions."""
+def kept_scores(predictions: Predictions, kept: Path) -> tuple[str, np.ndarray] | None:
+    """The model and the scores [rows] that an evaluation left in `kept`; None where there are none of these answers."""
     before = _read(kept)
     if before is None or before["fingerprint"] != _fingerprint(before["model"], predictions):
         return None
-    return np.array(before["scores"])
+    return before["model"], np.array(before["scores"])
 
 
 def _fingerprint(model: str, predictions: Predictions) -> str:

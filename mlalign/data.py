@@ -275,7 +275,11 @@ def _render_messages(
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{where}: the chat template refuses these messages: {error}") from error
 
-    text = render(messages)
+    try:
+        text = render(messages)
+    except UserError:
+        messages = _without_system(messages)  # Gemma's template, for one, knows no system
+        text = render(messages)
     spans = []
     answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
     for i in answers:
@@ -286,6 +290,14 @@ def _render_messages(
     if not spans:
         raise UserError(f"{where}: `messages` has no assistant turn to learn")
     return text, spans, len(answers) - len(spans)
+
+
+def _without_system(messages: list[dict]) -> list[dict]:
+    """The system's words put before the user's first, as makers of models without a system turn advise."""
+    if [turn["role"] for turn in messages[:2]] != ["system", "user"]:
+        return messages
+    system, user, *rest = messages
+    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
 def _common_prefix(a: str, b: str) -> int:

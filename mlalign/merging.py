@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune, task_arithmetic
+from peft.utils.merge_utils import calculate_majority_sign_mask, prune, task_arithmetic
 from peft.utils.other import get_pattern_key
 from rich.progress import track
 from safetensors import SafetensorError
@@ -195,14 +195,17 @@ def _of_pattern(config: dict[str, Any], key: str, module: str, default: float) -
     return pattern.get(get_pattern_key(pattern.keys(), module), default)
 
 
-def check_pair(task: Adapter, alignment: Adapter) -> None:
-    """Raises UserError for two adapters of different base models, or whose modules do not go together."""
-    for key in ("base_model_name_or_path", "revision", "fan_in_fan_out"):
+def check_pair(task: Adapter, alignment: Adapter, one_model: bool) -> None:
+    """Raises UserError for two adapters of different base models, or whose modules do not go together.
+
+    Args: one_model: the user says that it is one, whatever names the adapters have for it.
+    """
+    for key in ("fan_in_fan_out",) if one_model else ("base_model_name_or_path", "revision", "fan_in_fan_out"):
         values = [_normal(adapter.config.get(key)) for adapter in (task, alignment)]
         if values[0] != values[1]:
             raise UserError(
                 f"{key} is {values[0]} in {task.folder} and {values[1]} in {alignment.folder}: only adapters of the "
-                "same base model can be merged"
+                "same base model can be merged; if it is one under two names, say so by --model"
             )
     for module in task.factors.keys() & alignment.factors.keys():
         shapes = [shape(adapter.factors[module]) for adapter in (task, alignment)]
@@ -362,28 +365,26 @@ def truncate(b: torch.Tensor, a: torch.Tensor, rank: int) -> Factors:
 def combine(deltas: list[torch.Tensor], weights: list[float], method: str, density: float) -> torch.Tensor:
     """Merge two whole deltas [out, in] by a sparse method, from the pieces in `peft.utils.merge_utils`.
 
-    ties         keep the `density` of entries that are largest; by entry elect the sign of the larger sum; average
-                 what has that sign (Yadav et al. 2023, arXiv 2306.01708, algorithm 1, with lambda = 1)
+    ties         keep the `density` of entries that are largest; by entry elect the sign of the larger weighted sum; add
+                 up what has that sign (after Yadav et al. 2023, arXiv 2306.01708, algorithm 1)
     dare_linear  drop entries at random, divide the others by `density` (Yu et al. 2024, arXiv 2311.03099), and add up
-    dare_ties    drop and divide likewise, then elect and average as ties
+    dare_ties    drop and divide likewise, then elect and add up as ties
 
     The papers define them on deltas. `add_weighted_adapter` of peft applies them to A and B apart, which is another
     thing: a sum of products is no product of sums, and a sign elected for A says nothing about the sign of B @ A.
 
-    The average of ties is weighted, sum(w x) / sum(w) over the agreeing: equal weights give the paper's, and where both
-    agree the entry is that of `linear`. peft's own `ties` divides by the number of agreeing instead, so that weights
-    that sum to 1 halve every entry on which the adapters agree.
+    The paper of ties averages over the adapters that agree on an entry and leaves the scale to a factor that is tuned.
+    Here weights say how much of each adapter there is, as in `linear`: it is the same sum, without the entries that an
+    adapter has least of and those that lose the election. So a weight of 0 leaves the other adapter alone, and where
+    both agree the entry is that of `linear`.
     """
     if density < 1:
         how = ("magnitude", False) if method == "ties" else ("random", True)
         deltas = [prune(delta, density, how[0], rescale=how[1]) for delta in deltas]
-    scales = deltas[0].new_tensor(weights)
     if method == "dare_linear":
-        return task_arithmetic(deltas, scales)
-    both, scales = torch.stack(deltas), scales[:, None, None]
-    agreeing = calculate_majority_sign_mask(both)
-    weight = disjoint_merge(scales.expand_as(both), agreeing)
-    return torch.where(weight > 0, disjoint_merge(both * scales, agreeing) / weight, 0.0)
+        return task_arithmetic(deltas, deltas[0].new_tensor(weights))
+    weighted = torch.stack([weight * delta for weight, delta in zip(weights, deltas)])
+    return (weighted * calculate_majority_sign_mask(weighted)).sum(dim=0)
 
 
 def factorise(delta: torch.Tensor, rank: int) -> Factors:

@@ -1,12 +1,16 @@
 """Predictions on disk: `DIR/predictions/<language>.jsonl`, one line per test row, written whole or not at all.
 
 A line is {"id", "lang", "prediction", "gold"}: with `gold` beside the answer, nothing else is needed to score it.
-`DIR/evaluation.json` says what they were made with, and how many rows each file must have.
+`DIR/evaluation.json` says what they were made with, and how many rows each file must have. To score the answers of
+another system, write such files and `{"task": "translation", "rows": {"en-de": 500}}`, and use --score-only.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+
+import numpy as np
 
 from mlalign.config import Source
 from mlalign.errors import UserError
@@ -56,6 +60,17 @@ def read_predictions(folder: Path, language: str, rows: int) -> Predictions:
             "makes what is not there"
         )
     return found
+
+
+def statistics(task: ModuleType, predictions: Predictions, language: str, folder: Path) -> dict[str, np.ndarray]:
+    """`tasks.X.statistics` of one language. Raises UserError for golds that are not the task's."""
+    try:
+        return task.statistics(predictions.texts, predictions.golds, language)
+    except (KeyError, TypeError, ValueError) as error:
+        name = task.__name__.rpartition(".")[2]
+        raise UserError(
+            f"{prediction_file(folder, language)}: a 'gold' is not of task {name}: {error or type(error).__name__}"
+        ) from error
 
 
 def read_evaluation(folder: Path) -> dict:

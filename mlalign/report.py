@@ -22,7 +22,7 @@ from mlalign import __version__
 from mlalign.predictions import Predictions
 from mlalign.rundir import write_whole
 from mlalign.scoring import SAMPLES, Counts, Scores, language_groups, mean, score
-from mlalign.tracker import console
+from mlalign.tracker import console, say
 
 _PERCENT = ("bleu", "chrf++")  # as their library gives them; all other metrics lie between 0 and 1
 
@@ -36,8 +36,13 @@ def build(
     seed: int,
 ) -> dict:
     """The report, see above. Args: counts: `tasks.X.statistics` by language; about: model, adapter and task."""
-    by_language = {language: score(task, counts[language], language, seed) for language in sorted(predictions)}
-    members = language_groups(list(by_language), training["supervised"], training["aligned"])
+    by_language = {
+        language: score(task, counts[language], predictions[language].ids, language, seed)
+        for language in sorted(predictions)
+    }
+    members = language_groups(
+        list(by_language), training["supervised"], training["aligned"], about["task"] == "translation"
+    )
     report = {
         "mlalign": __version__,
         **about,
@@ -98,6 +103,9 @@ def markdown(report: dict) -> str:
         f"In brackets: 95% intervals of {samples:,} bootstrap samples over rows; a group is the mean of its languages.",
         "",
     ]
+    empty = sum(report["empty"].values())
+    if empty:
+        lines += [f"{empty:,} of {sum(report['rows'].values()):,} answers are empty.", ""]
     how = {f"- {metric}: {by}" for each in report["how"].values() for metric, by in each.items()}
     return "\n".join([*lines, *sorted(how), ""])
 
@@ -147,3 +155,6 @@ def print_report(report: dict) -> None:
             of_leading = len(head) + metrics.index(report["main"])
             table.add_row(*(cell if at == of_leading else cell.partition(" [")[0] for at, cell in enumerate(row)))
         console.print(table)
+    empty = sum(report["empty"].values())
+    if empty:
+        say(f"{empty:,} of {sum(report['rows'].values()):,} answers are empty")

@@ -1,13 +1,15 @@
 """From counts of rows to scores with intervals: means over groups of languages, and paired differences of two systems.
 
-Everything follows from `tasks.X.statistics`: a bootstrap sample of a language draws its rows with replacement, and a
-score of the sample is `tasks.X.metrics` of the drawn rows' sums (Efron 1979; for comparing systems, Koehn 2004). The
-same rows are drawn for every system, so differences are paired.
+Everything follows from `tasks.X.statistics`: a bootstrap sample takes every row 0, 1, 2, ... times, and its score is
+`tasks.X.metrics` of the rows' sums (Efron 1979; for comparing systems, Koehn 2004). How often a row is taken depends on
+its id: the same for every system, so that differences are paired, and the same in every language, for rows of one id
+translate each other in many test sets, are hard or easy together, and languages are not independent of each other.
 """
 
 import hashlib
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 
 import numpy as np
@@ -33,15 +35,25 @@ class Scores:
         return float(low), float(high)
 
 
-def score(task: ModuleType, counts: Counts, language: str, seed: int, samples: int = SAMPLES) -> Scores:
-    """Score one language. Which rows are drawn depends on `seed`, the language and the number of rows alone."""
-    rows = len(next(iter(counts.values())))
+def score(task: ModuleType, counts: Counts, ids: list, language: str, seed: int, samples: int = SAMPLES) -> Scores:
+    """Score one language. Args: ids: of the rows; a row without one (None) is taken independently of all others."""
+    rows = len(ids)
     point = {name: float(value) for name, value in task.metrics({n: c.sum(0) for n, c in counts.items()}, rows).items()}
-    digest = hashlib.blake2b(f"{seed} {language}".encode(), digest_size=8).digest()
-    rng = np.random.default_rng(int.from_bytes(digest, "big"))
-    drawn = rng.multinomial(rows, np.full(rows, 1 / rows), size=samples).astype(float)  # times each row is drawn
-    sums = {name: drawn @ count for name, count in counts.items()}
-    return Scores(point, {name: np.asarray(value) for name, value in task.metrics(sums, rows).items()})
+    keys = [f"{language} {number}" if row_id is None else str(row_id) for number, row_id in enumerate(ids)]
+    taken = np.stack([_times(f"{seed} {key}", samples) for key in keys], axis=1).astype(float)
+    taken[taken.sum(1) == 0] = 1  # of a few rows, none may be taken
+    sums = {name: taken @ count for name, count in counts.items()}
+    return Scores(point, {name: np.asarray(value) for name, value in task.metrics(sums, taken.sum(1)).items()})
+
+
+@lru_cache(maxsize=100_000)
+def _times(key: str, samples: int) -> np.ndarray:
+    """How often each sample takes a row, [samples]: Poisson(1), the bootstrap whose rows need not know of each other.
+
+    Chamandy et al. 2012, "Estimating Uncertainty for Massive Data Streams".
+    """
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return np.random.default_rng(int.from_bytes(digest, "big")).poisson(1.0, samples).astype(np.uint8)
 
 
 def mean(scores: list[Scores]) -> Scores:
@@ -72,39 +84,45 @@ def difference(system: Scores, baseline: Scores, metric: str) -> Difference:
     return Difference(system.point[metric] - baseline.point[metric], float(low), float(high), p)
 
 
-def language_groups(codes: list[str], supervised: list[str], aligned: list[str]) -> dict[str, list[str]]:
-    """Group -> languages (or directions such as `en-cs`) in it, without empty groups.
+def language_groups(
+    codes: list[str], supervised: list[str], aligned: list[str], directions: bool = False
+) -> dict[str, list[str]]:
+    """Group -> languages, or directions such as `en-cs`, in it, without empty groups.
 
     `all`; `supervised`: with labels in training; `aligned`: in the bitext and not supervised; `unseen`: in neither;
     then the groups of `languages.groups`. A direction is judged by its sides that are not English.
     Args: supervised: languages or directions of the task's training rows; aligned: languages of the bitext.
     """
-    labelled, bitext = {_key(code) for code in supervised}, {language_of(code) for code in aligned}
+    labelled, bitext = {_key(code, directions) for code in supervised}, {language_of(code) for code in aligned}
     members: dict[str, list[str]] = {"all": list(codes), "supervised": [], "aligned": [], "unseen": []}
     for code in codes:
-        if _key(code) in labelled:
+        if _key(code, directions) in labelled:
             members["supervised"].append(code)
-        elif all(language_of(side) in bitext for side in sides(code)):
+        elif all(language_of(side) in bitext for side in sides(code, directions)):
             members["aligned"].append(code)
         else:
             members["unseen"].append(code)
     if not supervised and not aligned:  # nothing is known of the training
         members = {"all": list(codes)}
-    by_side = groups(list({side for code in codes for side in sides(code)}))
+    by_side = groups(sorted({side for code in codes for side in sides(code, directions)}))
     for name, languages in by_side.items():
-        members[name] = [code for code in codes if any(side in languages for side in sides(code))]
+        members[name] = [code for code in codes if any(side in languages for side in sides(code, directions))]
     return {name: languages for name, languages in members.items() if languages}
 
 
-def sides(code: str) -> list[str]:
-    """`en-cs` -> [cs]; `de-fr` -> [de, fr]; a language, such as `zh-TW`, is its own only side."""
-    found = _DIRECTION.fullmatch(code)
+def sides(code: str, directions: bool) -> list[str]:
+    """`en-cs` -> [cs]; `de-fr` -> [de, fr]; where codes are no directions, the language itself."""
+    found = _DIRECTION.fullmatch(code) if directions else None
     if not found:
         return [code]
     return [side for side in found.groups() if language_of(side) != "en"] or list(found.groups())
 
 
-def _key(code: str) -> tuple[str, ...]:
-    """Equal for codes of the same language or direction, however they are written; zh-TW and zh are the same."""
-    found = _DIRECTION.fullmatch(code)
-    return tuple(language_of(side) for side in found.groups()) if found else (language_of(code),)
+def _key(code: str, directions: bool) -> tuple[str, ...]:
+    """Equal for codes of the same language or direction, however they are written; zh-TW is not zh."""
+    found = _DIRECTION.fullmatch(code) if directions else None
+    return tuple(_written(side) for side in found.groups()) if found else (_written(code),)
+
+
+def _written(code: str) -> str:
+    return code if code.casefold() in ("zh-tw", "zho_hant") else language_of(code)

@@ -85,14 +85,15 @@ def _found(known: Sentences, sides: list[Side], in_language: bool = True) -> np.
 class Sieve:
     """The output files of one `mlalign prepare`."""
 
-    def __init__(self, folder: Path, seed: int, chooses: bool) -> None:
-        """folder: a directory that can be written; chooses: whether `hold_out` or `sample` will be called.
+    def __init__(self, folder: Path, origin: dict[str, str], seed: int, chooses: bool) -> None:
+        """folder: a directory that can be written; origin: `dataset` and `source`, as in the report's settings;
+        chooses: whether `hold_out` or `sample` will be called.
 
         Raises UserError where the directory holds files of these names that no earlier run wrote.
         """
         self.outputs: dict[tuple[str, tuple[str, ...]], Output] = {}
         self._folder, self._seed, self._chooses = folder, seed, chooses
-        self._earlier = _earlier(folder)
+        self._earlier = _earlier(folder, origin)
         self._evaluated = {"dev": Sentences(), "test": Sentences()}
         self._against = Sentences()
         self.discard()  # what a run left that was killed
@@ -286,12 +287,19 @@ class Sieve:
             raise UserError(f"output {self._folder} cannot be written: {error.strerror or error}") from error
 
 
-def _earlier(folder: Path) -> set[str]:
+def _earlier(folder: Path, origin: dict[str, str]) -> set[str]:
     """Files that an earlier run wrote into the directory, which this one will replace."""
     try:
-        listed = set(json.loads((folder / REPORT).read_text())["files"])
+        report = json.loads((folder / REPORT).read_text())
+        listed = set(report["files"])
+        before = {name: report["settings"][name] for name in origin}
     except (OSError, ValueError, KeyError, TypeError):
-        listed = set()
+        listed, before = set(), origin
+    if before != origin:
+        raise UserError(
+            f"output {folder} holds what was made of {' '.join(before.values())}, and would lose it: choose another "
+            f"directory for {' '.join(origin.values())}"
+        )
     there = {path.name for split in _SPLITS for path in folder.glob(f"{split}.*.jsonl")}
     strange = sorted(there - listed)
     if strange:

@@ -58,7 +58,8 @@ PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP OverTimeL
 START = """\
 set -eu
 cd {folder}
-munged --force -F --key-file=munge/key --socket=munge/s --pid-file=munge/pid --log-file=munge/log --seed-file=munge/seed &
+m=munge
+munged --force -F --key-file=$m/key --socket=$m/s --pid-file=$m/pid --log-file=$m/log --seed-file=$m/seed &
 while [ ! -S munge/s ]; do sleep 0.05; done
 slurmctld -D -c &
 for node in {nodes}; do slurmd -D -N $node & done

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mlalign import comet
 from mlalign.commands.compare import Settings, compare
 from mlalign.commands.evaluate import Settings as Evaluation
 from mlalign.commands.evaluate import evaluate
@@ -54,7 +55,7 @@ def test_scores_differences_and_verdicts(settings):
     assert unseen["languages"] == ["sw", "th"]
     assert unseen["differences"]["aligned"]["delta"] == pytest.approx((30 - 1) / ROWS / 2, abs=1e-6)
     assert result["verdicts"]["unseen"][0].startswith("unseen: aligned is better than sft: +0.242 f1 [+0.1")
-    assert result["verdicts"]["unseen"][0].endswith("p <= 0.001, up in 1 of 2")
+    assert result["verdicts"]["unseen"][0].endswith("p <= 0.001, higher in 1 of 2")
     assert result["verdicts"]["supervised"] == [
         "supervised: aligned and sft do not differ beyond chance: +0.000 f1 [+0.000, +0.000], p 1.000"
     ]
@@ -74,6 +75,40 @@ def test_three_systems_and_another_metric(settings, tmp_path):
     assert list(result["groups"]["all"]["differences"]) == ["b", "c"]
     assert len(result["verdicts"]["all"]) == 2
     assert "supervised: c is worse than a: -0.167 exact_match" in " ".join(capture.get().split())
+
+
+def test_less_of_something_bad_is_better(tmp_path):
+    folders = []
+    for name, wrong in (("a", 50), ("b", 10)):
+        folder = tmp_path / name
+        folder.mkdir()
+        golds = [{"annot_utt": f"at [time : {i}]"} for i in range(ROWS)]
+        texts = ["nonsense" if i < wrong else f"time: {i}" for i in range(ROWS)]
+        write_predictions(folder, "en", Predictions(list(range(ROWS)), texts, golds))
+        (folder / "evaluation.json").write_text(json.dumps({"task": "slot_filling", "rows": {"en": ROWS}}))
+        evaluate(Evaluation(output=folder, task="slot_filling", score_only=True))
+        folders.append(folder)
+    result = compare(Settings(evaluations=tuple(folders), output=tmp_path / "out", metric="malformed"))
+    assert "b is better than a: -0.667 malformed" in result["verdicts"]["all"][0]
+
+
+def test_comet_of_different_models_is_not_compared(tmp_path):
+    folders = []
+    for name, model in (("a", "wmt22"), ("b", "xcomet")):
+        folder = tmp_path / name
+        (folder / "comet").mkdir(parents=True)
+        golds = [{"src": "s", "reference": f"Das ist {i}.", "tgt_lang": "de"} for i in range(9)]
+        predictions = Predictions(list(range(9)), [f"Das ist {i}." for i in range(9)], golds)
+        write_predictions(folder, "en-de", predictions)
+        (folder / "evaluation.json").write_text(json.dumps({"task": "translation", "rows": {"en-de": 9}}))
+        kept = {"model": model, "fingerprint": comet._fingerprint(model, predictions), "scores": [0.5] * 9}
+        (folder / "comet/en-de.json").write_text(json.dumps(kept))
+        evaluate(Evaluation(output=folder, task="translation", score_only=True))
+        folders.append(folder)
+    settings = Settings(evaluations=tuple(folders), output=tmp_path / "out", metric="comet")
+    with pytest.raises(UserError, match="comet is by different models, wmt22 and xcomet"):
+        compare(settings)
+    compare(replace(settings, metric="bleu"))
 
 
 def test_what_cannot_be_compared_is_one_sentence(settings, tmp_path):

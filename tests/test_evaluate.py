@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from mlalign.commands.evaluate import Settings, evaluate
 from mlalign.commands.train import train
 from mlalign.config import load
-from mlalign.errors import UserError
+from mlalign.errors import StoppedError, UserError
 from mlalign.generation import end_ids
 from mlalign.tracker import console
 
@@ -225,27 +225,34 @@ def test_a_run_tells_its_groups(settings, tmp_path, tiny_model, rows):
     (report,) = evaluate(replace(settings, adapters=(str(tmp_path / "run"),)))
     assert report["groups"]["supervised"]["languages"] == ["de", "en"]
     assert report["groups"]["unseen"]["languages"] == ["sw"]
-    (report,) = evaluate(replace(settings, adapters=(str(tmp_path / "run"),), supervised=["sw"], score_only=True))
+    (report,) = evaluate(replace(settings, supervised=["sw"], score_only=True, model=None, test=()))
     assert report["groups"]["supervised"]["languages"] == ["sw"]
 
 
 # ---------------------------------------------------------------------------------------------------------- resuming
 
 
-def test_killed_half_way_and_repeated_gives_the_same_report(settings, tmp_path, tiny_model, test_file):
+@pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGUSR1])
+def test_killed_half_way_and_repeated_gives_the_same_report(settings, tmp_path, tiny_model, test_file, killer):
     (whole,) = evaluate(settings)
-    output = tmp_path / "killed"
+    output, job = tmp_path / "killed", tmp_path / "job"
+    job.mkdir()
     command = [sys.executable, "-m", "mlalign", "evaluate", str(tiny_model), "--test", str(test_file)]
     command += ["--output", str(output), "--task", "items", "--batch-size", "4", "--max-new-tokens", "6"]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MLALIGN_JOB_DIR": str(job)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     first = output / "predictions" / "de.jsonl"
     end = time.monotonic() + 120
     while not first.exists() and time.monotonic() < end:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(killer)
+    _, said = process.communicate(timeout=60)
     assert first.exists()
-    for later in ("en", "sw"):  # the kill may have come late
+    if not (output / "report.json").exists():  # the signal may have come late
+        assert process.returncode == (-killer if killer == signal.SIGKILL else 0)
+        assert (job / "stopped").exists() == (killer != signal.SIGKILL)
+        assert ("the same command goes on" in said) == (killer != signal.SIGKILL)
+    for later in ("en", "sw"):
         (output / "predictions" / f"{later}.jsonl").unlink(missing_ok=True)
     (output / "report.json").unlink(missing_ok=True)
     before = first.stat().st_mtime_ns
@@ -257,12 +264,39 @@ def test_killed_half_way_and_repeated_gives_the_same_report(settings, tmp_path, 
     assert predictions(output) == predictions(settings.output)
 
 
+def test_a_signal_stops_between_batches(settings, tmp_path):
+    """Noticed before the next batch, on every rank; nothing half-done is kept."""
+
+    def stop_at_second(calls=[]):  # noqa: B006 (counts its calls)
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    generated = []
+    original = LlamaForCausalLM.generate
+
+    def generate(self, *args, **kwargs):
+        stop_at_second()
+        generated.append(1)
+        return original(self, *args, **kwargs)
+
+    LlamaForCausalLM.generate = generate
+    try:
+        with pytest.raises(StoppedError):
+            evaluate(replace(settings, batch_size=1))
+    finally:
+        LlamaForCausalLM.generate = original
+    assert len(generated) == 2
+    assert not list((settings.output / "predictions").glob("*.jsonl*"))
+    evaluate(replace(settings, batch_size=1))
+
+
 def test_predictions_of_other_settings_or_rows_are_never_mixed(settings, tmp_path, tiny_model):
     evaluate(settings)
     with pytest.raises(UserError, match=r"predictions of another evaluation \(different: beams\)"):
         evaluate(replace(settings, beams=2))
     changed = write_jsonl(tmp_path / "changed.jsonl", [{"prompt": "a", "completion": " b", "lang": "de"}])
-    with pytest.raises(UserError, match=r"different: test rows of de, "):
+    with pytest.raises(UserError, match=r"different: test rows of de, no test rows of en, no test rows of sw\)"):
         evaluate(replace(settings, test=(str(changed),)))
     evaluate(replace(settings, batch_size=2))  # the same answers, so the same evaluation
     run = tmp_path / "run"
@@ -277,6 +311,38 @@ def test_score_only_needs_no_model_and_gives_the_same_report(settings):
     path.unlink()
     assert evaluate(Settings(output=settings.output, task="items", score_only=True)) == [whole]
     assert json.loads(path.read_text()) == whole
+
+
+def test_answers_of_another_system_are_scored(tmp_path):
+    """The least that --score-only needs, as the docs have it."""
+    folder = tmp_path / "other"
+    (folder / "predictions").mkdir(parents=True)
+    write_jsonl(folder / "predictions/de.jsonl", [{"prediction": "a; b", "gold": {"answer": "a"}}])
+    (folder / "evaluation.json").write_text('{"task": "items", "rows": {"de": 1}}')
+    (report,) = evaluate(Settings(output=folder, task="items", score_only=True))
+    assert report["scores"]["f1"] == {"de": pytest.approx(2 / 3, abs=1e-6)}
+    write_jsonl(folder / "predictions/de.jsonl", [{"prediction": "a; b", "gold": {"text": "a"}}])
+    with pytest.raises(UserError, match=r"de.jsonl: a 'gold' is not of task items: 'answer'"):
+        evaluate(Settings(output=folder, task="items", score_only=True))
+    with pytest.raises(UserError, match=r"max_rows has no use with --score-only"):
+        evaluate(Settings(output=folder, task="items", score_only=True, max_rows=3))
+
+
+def test_a_file_that_is_named_twice_counts_once(settings, test_file):
+    (report,) = evaluate(replace(settings, test=(str(test_file), str(test_file.parent / "*.jsonl"))))
+    assert report["rows"] == {"de": 5, "en": 5, "sw": 4}
+    with pytest.raises(UserError, match=r"test some/dataset is no local file"):
+        evaluate(replace(settings, test=("some/dataset",)))
+
+
+def test_merging_or_exporting_again_keeps_predictions(settings, tiny_model, tmp_path):
+    asked = replace(settings, adapters=(str(saved_adapter(tiny_model, tmp_path / "adapter")),))
+    evaluate(asked)
+    saved_adapter(tiny_model, tmp_path / "adapter")  # the same bytes, written later
+    evaluate(asked)
+    saved_adapter(tiny_model, tmp_path / "adapter", seed=1)
+    with pytest.raises(UserError, match=r"different: weights"):
+        evaluate(asked)
 
 
 def test_damaged_predictions_are_one_sentence(settings, tmp_path):

@@ -290,13 +290,21 @@ def test_dare_linear_is_that_of_peft(density):
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties"])
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
-def test_ties_of_equal_weights_is_that_of_the_paper_and_of_peft(method, density):
-    """The paper averages what agrees; peft does so where the weights are 1 and 1."""
+def test_ties_of_equal_weights_is_pefts_sum_before_its_division(method, density):
+    """peft, like the paper, divides by the number of adapters that agree on an entry."""
     torch.manual_seed(7)
     found = merging.combine(two_deltas(), [0.5, 0.5], method, density)
     torch.manual_seed(7)
-    wanted = getattr(merge_utils, method)(two_deltas(), torch.tensor([1.0, 1.0]), density)
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+    mean = getattr(merge_utils, method)(two_deltas(), torch.tensor([0.5, 0.5]), density)
+    torch.manual_seed(7)
+    ones = [torch.sign(delta) for delta in pruned(method, density)]
+    agreeing = sum((one == torch.sign(mean)) & (one != 0) for one in ones)
+    torch.testing.assert_close(found, mean * agreeing, rtol=1e-6, atol=1e-7)
+
+
+def pruned(method: str, density: float) -> list[torch.Tensor]:
+    how = ("magnitude", False) if method == "ties" else ("random", True)
+    return [merge_utils.prune(delta, density, how[0], rescale=how[1]) for delta in two_deltas()]
 
 
 @pytest.mark.parametrize("weight", [0.1, 0.5, 0.8])
@@ -305,18 +313,22 @@ def test_ties_by_a_loop_over_entries(weight):
     found = merging.combine([task, alignment], [1 - weight, weight], "ties", 0.5)
     kept = [set(each.abs().flatten().topk(21).indices.tolist()) for each in (task, alignment)]
     for place in range(42):
-        values = [float(each.flatten()[place]) * (place in keep) for each, keep in zip((task, alignment), kept)]
+        values = [
+            share * float(each.flatten()[place]) * (place in keep)
+            for each, keep, share in zip((task, alignment), kept, (1 - weight, weight))
+        ]
         sign = 1 if sum(values) >= 0 else -1
-        agreeing = [(w, x) for w, x in zip((1 - weight, weight), values) if x * sign > 0]
-        wanted = sum(w * x for w, x in agreeing) / sum(w for w, _ in agreeing) if agreeing else 0.0
+        wanted = sum(value for value in values if value * sign > 0)
         assert float(found.flatten()[place]) == pytest.approx(wanted, abs=1e-12)
 
 
-def test_ties_leaves_the_size_of_what_agrees():
-    """Two equal deltas merge into themselves; with peft's division by the count they would be halved."""
+def test_the_weight_of_ties_goes_from_one_adapter_to_the_other():
+    task, alignment = two_deltas()
+    for weight, near in ((1e-6, task), (1 - 1e-6, alignment)):
+        found = merging.combine([task, alignment], [1 - weight, weight], "ties", 1.0)
+        torch.testing.assert_close(found, near, rtol=1e-4, atol=1e-4)
     delta = two_deltas()[0]
     torch.testing.assert_close(merging.combine([delta, delta], [0.7, 0.3], "ties", 1.0), delta)
-    torch.testing.assert_close(merge_utils.ties([delta, delta], torch.tensor([0.7, 0.3]), 1.0), delta / 2)
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties"])
@@ -332,8 +344,7 @@ def test_sparse_methods_merge_deltas_and_not_factors(method, pair, llama, tmp_pa
             assert_same({name: found[name]}, {name: delta})
             continue
         with merging._seeded(f"0 {name}", CPU):
-            scales = torch.tensor([0.5, 0.5] if method == "dare_linear" else [1.0, 1.0])
-            dense = getattr(merge_utils, method)([delta, of_alignment[name]], scales, density)
+            dense = merging.combine([delta, of_alignment[name]], [0.5, 0.5], method, density)
         u, values, v = torch.linalg.svd(dense, full_matrices=False)
         best = u[:, :16] @ values[:16].diag() @ v[:16]
         assert_same({name: found[name]}, {name: best}, 2e-5)
@@ -361,11 +372,11 @@ def test_a_module_of_one_adapter_is_zero_in_the_other_for_every_method(llama, tm
     task = make_adapter(llama, tmp_path / "task", 1, target_modules=["q_proj"])
     alignment = make_adapter(llama, tmp_path / "alignment", 2, target_modules=["v_proj"])
     of_task, of_alignment = deltas(llama, task), deltas(llama, alignment)
-    for method, share in (("linear", 0.25), ("dare_linear", 0.25), ("ties", 1.0), ("dare_ties", 1.0)):
+    for method in ("linear", "dare_linear", "ties", "dare_ties"):
         settings = {} if method == "linear" else {"density": 1.0}
         run(task, alignment, tmp_path / method, method=method, weight=0.75, **settings)
-        wanted = {name: share * delta for name, delta in of_task.items()}
-        wanted |= {name: (0.75 if share < 1 else 1.0) * delta for name, delta in of_alignment.items()}
+        wanted = {name: 0.25 * delta for name, delta in of_task.items()}
+        wanted |= {name: 0.75 * delta for name, delta in of_alignment.items()}
         assert_same(deltas(llama, tmp_path / method), wanted, 2e-5)
 
 
@@ -636,7 +647,6 @@ def test_layers_of_two_lists_of_blocks_are_refused(pair, tmp_path):
         ({"dev": ("x",)}, "dev belongs to --weight auto, and the weight is 0.5"),
         ({"task": "slot_filling"}, "task belongs to --weight auto"),
         ({"max_rows": 3}, "max_rows belongs to --weight auto"),
-        ({"model": "x"}, "model belongs to --weight auto and to --layers"),
         ({"method": "svd"}, "method svd is none of linear, ties, dare_linear, dare_ties"),
         ({"density": 0.5}, "density belongs to ties, dare_linear, dare_ties, and the method is linear"),
         ({"method": "ties", "density": 0.0}, "density is 0.0, it must be above 0 and at most 1"),

@@ -236,12 +236,17 @@ def test_a_killed_probe_goes_on(asked, data, killer):
         str(asked.output),
     ]
     folder = asked.output / "states"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=alone_in_the_world())
+    job = asked.output.parent / "job"
+    job.mkdir()
+    environment = alone_in_the_world() | {"MLALIGN_JOB_DIR": str(job)}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     while len(list(folder.glob("*.npy"))) < 2:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(killer)
-    assert process.wait(60) != 0
+    assert process.wait(60) == (-killer if killer == signal.SIGKILL else 0)
+    assert (job / "stopped").exists() == (killer != signal.SIGKILL)
+    assert (job / "progress").read_text().strip().endswith(".npy")
     there = len(list(folder.glob("*.npy")))
     assert not (asked.output / "probe.json").exists()
     done = subprocess.run(command, capture_output=True, text=True, env=alone_in_the_world())

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from sacrebleu.metrics import BLEU
 
-from mlalign.scoring import Scores, difference, language_groups, mean, score, sides
+from mlalign import scoring
+from mlalign.scoring import Scores, difference, language_groups, mean, sides
 from mlalign.tasks import items, translation
 
 RNG = np.random.default_rng(0)
@@ -13,6 +15,12 @@ def rows_of(quality, rows=200, seed=0):
     """Counts of `rows` answers of which a share is right."""
     right = (np.random.default_rng(seed).random(rows) < quality).astype(float)
     return {"right": right, "found": np.ones(rows), "wanted": np.ones(rows), "exact": right}
+
+
+def score(task, counts, language, seed, samples=1000, ids=None):
+    """Of rows with ids of their own in each language, unless they are given."""
+    rows = len(next(iter(counts.values())))
+    return scoring.score(task, counts, ids or [f"{language}-{i}" for i in range(rows)], language, seed, samples)
 
 
 def test_the_interval_is_that_of_resampling_rows_one_by_one():
@@ -35,31 +43,55 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert 0.90 <= covered / 200 <= 0.99
 
 
-def test_the_same_seed_draws_the_same_rows_for_every_system_and_others_for_every_language():
+def test_the_same_seed_takes_the_same_rows_for_every_system():
     one, other = score(items, rows_of(0.6), "de", 0), score(items, rows_of(0.6), "de", 0)
     assert (one.samples["f1"] == other.samples["f1"]).all()
     assert (one.samples["f1"] != score(items, rows_of(0.6), "fr", 0).samples["f1"]).any()
     assert (one.samples["f1"] != score(items, rows_of(0.6), "de", 1).samples["f1"]).any()
 
 
-def test_bootstrap_of_bleu_is_sacrebleu_on_the_drawn_rows():
+def test_bootstrap_of_bleu_is_sacrebleu_on_the_rows_that_are_taken():
     texts = ["the cat sat on the mat", "a dog is asleep on the sofa", "who knows what they said", "it was late"]
     answers = ["the cat sat on a mat", "the dog is asleep on a sofa", "who knows what he said", "it was very late"]
     golds = [{"src": "s", "reference": text, "tgt_lang": "en"} for text in texts]
     counts = translation.statistics(answers, golds, "de-en")
-    scores = score(translation, counts, "de-en", seed=3, samples=20)
-    seen = set()
-    for drawn in np.ndindex(4, 4, 4, 4):  # every way to draw four rows of four
-        index = sorted(drawn)
-        if tuple(index) not in seen:
-            seen.add(tuple(index))
-    from sacrebleu.metrics import BLEU
-
-    possible = {
-        round(BLEU().corpus_score([answers[i] for i in index], [[texts[i] for i in index]]).score, 6) for index in seen
-    }
-    assert {round(value, 6) for value in scores.samples["bleu"]} <= possible
+    ids = ["a", "b", "c", "d"]
+    scores = scoring.score(translation, counts, ids, "de-en", seed=3, samples=20)
+    for sample in range(20):
+        times = [int(scoring._times(f"3 {row_id}", 20)[sample]) for row_id in ids]
+        times = times if any(times) else [1] * 4
+        taken = [i for i, count in enumerate(times) for _ in range(count)]
+        wanted = BLEU().corpus_score([answers[i] for i in taken], [[texts[i] for i in taken]]).score
+        assert scores.samples["bleu"][sample] == pytest.approx(wanted)
     assert len(set(scores.samples["bleu"])) > 3
+
+
+def test_rows_of_one_id_are_taken_together_in_all_languages():
+    """Translations are hard or easy together: an interval that takes languages for independent is far too narrow."""
+    rng, covered, narrow, found = np.random.default_rng(5), 0, 0, 0
+    languages, rows = [f"l{number}" for number in range(10)], 100
+    for seed in range(150):
+        difficulty = rng.normal(size=rows)  # of a sentence, in every language
+        truth = 0.5
+        together, apart = [], []
+        for language in languages:
+            right = (difficulty + 0.3 * rng.normal(size=rows) > 0).astype(float)
+            counts = {"right": right, "found": np.ones(rows), "wanted": np.ones(rows), "exact": right}
+            together.append(score(items, counts, language, seed, 300, ids=list(range(rows))))
+            apart.append(score(items, counts, language, seed, 300))
+        low, high = mean(together).interval("f1")
+        covered += low <= truth <= high
+        low, high = mean(apart).interval("f1")
+        narrow += low <= truth <= high
+        found += 1
+    assert 0.89 <= covered / found <= 0.99
+    assert narrow / found < 0.75
+
+
+def test_a_row_without_id_is_on_its_own():
+    counts = rows_of(0.5, rows=30)
+    of = [scoring.score(items, counts, [None] * 30, language, 0).samples["f1"] for language in ("de", "fr")]
+    assert (of[0] != of[1]).any()
 
 
 def test_a_group_is_the_mean_of_its_languages_with_an_interval_of_its_own():
@@ -106,9 +138,9 @@ def test_groups_by_hand():
     found = language_groups(["en", "de", "sw-KE", "zh-TW", "hin_Deva", "cy"], ["en", "zh-CN"], ["deu", "eng", "swh"])
     assert found == {
         "all": ["en", "de", "sw-KE", "zh-TW", "hin_Deva", "cy"],
-        "supervised": ["en", "zh-TW"],
+        "supervised": ["en"],
         "aligned": ["de", "sw-KE"],
-        "unseen": ["hin_Deva", "cy"],
+        "unseen": ["zh-TW", "hin_Deva", "cy"],
         "high-resource": ["en", "de", "zh-TW", "hin_Deva"],
         "low-resource": ["sw-KE", "cy"],
         "Latin": ["en", "de", "sw-KE", "cy"],
@@ -123,11 +155,13 @@ def test_groups_by_hand():
 
 
 def test_groups_of_directions_go_by_the_side_that_is_not_english():
-    assert sides("en-cs") == ["cs"]
-    assert sides("isl_Latn-eng_Latn") == ["isl_Latn"]
-    assert sides("de-fr") == ["de", "fr"]
-    assert sides("zh-TW") == ["zh-TW"]
-    found = language_groups(["en-cs", "cs-en", "en-is", "de-fr", "en-ru"], ["en-cs", "cs-en"], ["is", "en", "de"])
+    assert sides("en-cs", True) == ["cs"]
+    assert sides("isl_Latn-eng_Latn", True) == ["isl_Latn"]
+    assert sides("de-fr", True) == ["de", "fr"]
+    assert sides("zh-TW", True) == ["zh-TW"]
+    assert sides("pt-br", False) == ["pt-br"]  # a locale in small letters
+    directions = ["en-cs", "cs-en", "en-is", "de-fr", "en-ru"]
+    found = language_groups(directions, ["en-cs", "cs-en"], ["is", "en", "de"], directions=True)
     assert found["supervised"] == ["en-cs", "cs-en"]
     assert found["aligned"] == ["en-is"]
     assert found["unseen"] == ["de-fr", "en-ru"]  # French is in no bitext

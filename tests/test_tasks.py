@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,8 @@ def slots(predictions, annotated, language="en"):
         ("date: 今天的", "告诉我 [date : 今天的] 日期", "zh", 1.0),
         ("date: 今天的", "告诉我 [date : 今天的] 日期", "zh-TW", 1.0),
         ("device: tv", "打开 [device : tv] 吧", "zh", 1.0),  # ASCII stays a word
+        ("date: 今天的", "告诉我 [date : 今天的] 日期", "zho_Hans", 1.0),  # whatever the code
+        ("date: 今天", "告诉我 [date : 今天的] 日期", "cmn", 0.0),
     ],
 )
 def test_slot_f1_by_hand(prediction, annotated, language, f1):
@@ -75,24 +78,27 @@ def test_a_value_may_hold_a_colon():
 
 
 def massive_tokens(annotated, char_split):
-    """MASSIVE's `create_hf_dataset.py`, its two branches: words, and characters of non-ASCII chunks."""
+    """What MASSIVE's `create_hf_dataset.py` makes of an annotated utterance, in its two branches."""
     tokens, labels, label, skip = [], [], "Other", False
     for chunk in annotated.split():
         if chunk.startswith("["):
             label, skip = chunk.lstrip("["), True
         elif chunk == ":" and skip:
             skip = False
-        elif char_split and not chunk.isascii():
+        elif not char_split:
+            tokens.append(chunk.rstrip("]"))
+            labels.append(label)
+            label = "Other" if chunk.endswith("]") else label
+        elif chunk.isascii():
+            tokens.append(chunk.rstrip("]"))
+            labels.append(label)  # and stays, even behind a bracket
+        else:
             for char in chunk:
                 if char == "]":
                     label = "Other"
                 else:
                     tokens.append(char)
                     labels.append(label)
-        else:
-            tokens.append(chunk.rstrip("]"))
-            labels.append(label)
-            label = "Other" if chunk.endswith("]") else label
     return tokens, labels
 
 
@@ -103,9 +109,14 @@ def test_real_utterances_are_labelled_as_massive_does_and_right_answers_score_on
     lines = (DATA / "massive" / f"{locale}.test.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     golds = [slot_filling.gold(row | {"lang": language}, "", "x") for row in rows]
+    different = []
     for row, gold in zip(rows, golds):
         words = massive_tokens(row["annot_utt"], language in ("ja", "zh"))
-        assert slot_filling.words_and_labels(gold["annot_utt"], language) == words
+        if slot_filling.words_and_labels(gold["annot_utt"], language) != words:
+            different.append(row["annot_utt"])
+    # Where a slot ends in ASCII, MASSIVE's script for Japanese and Chinese does not close it.
+    assert len(different) == {"ja": 21, "zh": 2}.get(language, 0)
+    assert all(re.search(r"[!-~]\]", text) for text in different)
     answers = [
         slot_filling.row(row["utt"], [(slot["type"], slot["value"]) for slot in row["slots"]], "plain")["completion"]
         for row in rows
@@ -216,6 +227,15 @@ def test_answers_in_another_language_and_empty_ones_are_off_target():
     golds = [{"src": "s", "reference": "Ich bin gestern nach Hause gegangen.", "tgt_lang": "deu_Latn"}] * 3
     answers = ["Ich bin gestern spät nach Hause gekommen.", "Yesterday I came home late at night.", ""]
     assert scores(translation, answers, golds)["off_target"] == 2 / 3
+
+
+def test_a_language_that_is_labelled_by_another_code_is_on_target():
+    tagalog = [{"src": "s", "reference": "x", "tgt_lang": "tgl"}]
+    assert scores(translation, ["Maganda ang panahon ngayon dito sa amin."], tagalog)["off_target"] == 0
+    norwegian = [{"src": "s", "reference": "x", "tgt_lang": "nob_Latn"}]
+    assert scores(translation, ["Jeg vet ikke hva du mener med det, sa hun."], norwegian)["off_target"] == 0
+    unknown = [{"src": "s", "reference": "x", "tgt_lang": "ceb"}]
+    assert "off_target" not in scores(translation, ["Tua sa Cebu ang ako."], unknown)
 
 
 def test_a_prompt_names_the_languages():

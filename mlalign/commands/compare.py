@@ -18,7 +18,7 @@ from mlalign import __version__
 from mlalign.comet import kept_scores
 from mlalign.errors import UserError
 from mlalign.plots import plot_scores
-from mlalign.predictions import Predictions, read_evaluation, read_predictions
+from mlalign.predictions import Predictions, read_evaluation, read_predictions, statistics
 from mlalign.report import show
 from mlalign.rundir import make_writable, write_whole
 from mlalign.scoring import Scores, difference, language_groups, mean, score
@@ -108,14 +108,17 @@ def _scores(settings: Settings, task: ModuleType, evaluations: list[dict]) -> li
         ]
         for folder, predictions in zip(settings.evaluations, read):
             _refuse_other_rows(first, folder, language, read[0], predictions)
-        counts = [task.statistics(each.texts, each.golds, language) for each in read]
+        counts = [statistics(task, each, language, folder) for folder, each in zip(settings.evaluations, read)]
         comet = [
             kept_scores(each, folder / "comet" / f"{language}.json") for folder, each in zip(settings.evaluations, read)
         ]
+        models = {each[0] for each in comet if each is not None}
+        if len(models) > 1 and settings.metric == "comet":
+            raise UserError(f"comet is by different models, {' and '.join(sorted(models))}: evaluate with one --comet")
         for scores, columns, sentences in zip(systems, counts, comet):
-            if all(each is not None for each in comet):
-                columns["comet"] = sentences
-            scores[language] = score(task, columns, language, settings.seed)
+            if len(models) == 1 and None not in [each and each[0] for each in comet]:
+                columns["comet"] = sentences[1]
+            scores[language] = score(task, columns, read[0].ids, language, settings.seed)
     return systems
 
 
@@ -143,11 +146,14 @@ def _result(
     """
     known = [_training(folder) for folder in settings.evaluations]
     training = {
-        name: getattr(settings, name) or sorted({code for each in known for code in each[name]})
+        name: _first(getattr(settings, name), sorted({code for each in known for code in each[name]}))
         for name in ("supervised", "aligned")
     }
-    members = language_groups(list(systems[0]), training["supervised"], training["aligned"])
+    members = language_groups(
+        list(systems[0]), training["supervised"], training["aligned"], evaluations[0]["task"] == "translation"
+    )
     languages = {language: _row([scores[language] for scores in systems], names, metric) for language in systems[0]}
+    lower = load_task(evaluations[0]["task"]).LOWER_IS_BETTER
     groups = {}
     for group, codes in members.items():
         means = [mean([scores[code] for code in codes]) for scores in systems]
@@ -161,12 +167,16 @@ def _result(
         "languages": languages,
         "groups": groups,
         "verdicts": {
-            group: [_verdict(group, name, names[0], row, languages, metric) for name in names[1:]]
+            group: [_verdict(group, name, names[0], row, languages, metric, lower) for name in names[1:]]
             for group, row in groups.items()
         },
         **training,
         "seed": settings.seed,
     }
+
+
+def _first(given: list[str] | None, known: list[str]) -> list[str]:
+    return known if given is None else given
 
 
 def _training(folder: Path) -> dict[str, list[str]]:
@@ -192,14 +202,22 @@ def _row(scores: list[Scores], names: list[str], metric: str) -> dict:
     }
 
 
-def _verdict(group: str, name: str, first: str, row: dict, languages: dict[str, dict], metric: str) -> str:
+def _verdict(
+    group: str,
+    name: str,
+    first: str,
+    row: dict,
+    languages: dict[str, dict],
+    metric: str,
+    lower_is_better: tuple[str, ...],
+) -> str:
     found = row["differences"][name]
     ups = sum(languages[code]["differences"][name]["delta"] > 0 for code in row["languages"])
     numbers = f"{_signed(metric, found['delta'])} {metric} {_interval(metric, found)}, p {_p(found['p'])}"
     if found["low"] <= 0 <= found["high"]:
         return f"{group}: {name} and {first} do not differ beyond chance: {numbers}"
-    better, count = "better" if found["delta"] > 0 else "worse", len(row["languages"])
-    return f"{group}: {name} is {better} than {first}: {numbers}, up in {ups} of {count}"
+    better = "better" if (found["delta"] > 0) != (metric in lower_is_better) else "worse"
+    return f"{group}: {name} is {better} than {first}: {numbers}, higher in {ups} of {len(row['languages'])}"
 
 
 def _signed(metric: str, value: float) -> str:

@@ -9,6 +9,8 @@ predictions/      one file per language, see `predictions`  tensorboard/        
 comet/            with --comet: a score per row
 """
 
+import glob
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from langcodes import tag_is_valid
 
 from mlalign import distributed, jobs, report
@@ -24,15 +27,16 @@ from mlalign.config import Model, Source
 from mlalign.data import answer_text, encode_prompt
 from mlalign.errors import UserError
 from mlalign.generation import Decoding, Generate, open_backend
-from mlalign.model import load_model_config, load_tokenizer
+from mlalign.model import load_model_config, load_tokenizer, precision_dtype
 from mlalign.predictions import (
     Predictions,
     prediction_file,
     read_evaluation,
     read_predictions,
+    statistics,
     write_predictions,
 )
-from mlalign.rows import read_rows
+from mlalign.rows import is_local, read_rows
 from mlalign.rundir import digest, files_of, make_writable, write_whole
 from mlalign.scoring import sides
 from mlalign.tasks import load_task
@@ -66,10 +70,10 @@ class Settings:
 class _Tests:
     """Test rows of one language."""
 
-    places: list[str] = field(default_factory=list)  #: "file:line"
     ids: list = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
     golds: list[dict] = field(default_factory=list)
+    rows: list[dict] = field(default_factory=list)  #: as they were written
 
 
 def evaluate(settings: Settings) -> list[dict]:
@@ -82,6 +86,9 @@ def evaluate(settings: Settings) -> list[dict]:
             "comet scores in one process: evaluate without it first, then with --score-only and no launcher"
         )
     if settings.score_only:
+        unused = [name for name in ("model", "test", "adapters", "max_rows") if getattr(settings, name)]
+        if unused:
+            raise UserError(f"{unused[0]} has no use with --score-only, which scores what {settings.output} holds")
         return [_report(settings, task, folder) for folder in _scored(settings.output)]
     if settings.model is None or not settings.test:
         raise UserError("evaluate needs a MODEL and --test files, unless --score-only scores what an OUTPUT holds")
@@ -141,9 +148,9 @@ def _read_tests(settings: Settings, task: ModuleType, tokenizer) -> dict[str, _T
     config = load_model_config(Model(path=settings.model)).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     tests: dict[str, _Tests] = {}
-    for pattern in settings.test:
-        for where, row in read_rows(Source(path=pattern)):
-            language = _language(row, where)
+    for path in _files(settings.test):
+        for where, row in read_rows(Source(path=glob.escape(path))):
+            language = _language(row, where, settings.task == "translation")
             of = tests.setdefault(language, _Tests())
             if settings.max_rows is not None and len(of.ids) == settings.max_rows:
                 continue
@@ -153,7 +160,7 @@ def _read_tests(settings: Settings, task: ModuleType, tokenizer) -> dict[str, _T
                     f"{where}: the prompt has {len(prompt)} tokens, and with max_new_tokens {settings.max_new_tokens} "
                     f"that is more than the model's {positions} positions"
                 )
-            of.places.append(where)
+            of.rows.append(row)
             of.ids.append(row.get("id"))
             of.prompts.append(prompt)
             of.golds.append(task.gold(row, answer_text(row, where), where))
@@ -162,11 +169,24 @@ def _read_tests(settings: Settings, task: ModuleType, tokenizer) -> dict[str, _T
     return tests
 
 
-def _language(row: dict, where: str) -> str:
+def _files(patterns: tuple[str, ...]) -> list[str]:
+    """The files of all patterns, each once: a row that counts twice would make every interval too narrow."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        if not is_local(pattern):
+            raise UserError(f"test {pattern} is no local file: download it, or name it with its suffix")
+        paths = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        if not paths:
+            raise UserError(f"{pattern} matches no file")
+        found |= dict.fromkeys(str(Path(path).resolve()) for path in paths)
+    return list(found)
+
+
+def _language(row: dict, where: str, directions: bool) -> str:
     language = row.get("lang")
     if not isinstance(language, str):
         raise UserError(f"{where}: no text in field 'lang', which the report is by (found {', '.join(row)})")
-    wrong = [side for side in sides(language) if not tag_is_valid(side)]
+    wrong = [side for side in sides(language, directions) if not tag_is_valid(side)]
     if wrong:
         raise UserError(
             f"{where}: lang is {language!r}, and {wrong[0]!r} is no language: use ISO 639 codes, as in de, deu_Latn, "
@@ -217,23 +237,27 @@ def _claim(settings: Settings, decoding: Decoding, tests: dict[str, _Tests], fol
     if (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists():
         raise UserError(f"output {folder} is a run of `mlalign train`: choose a directory in it, such as {folder}/test")
     how = asdict(decoding) | {
+        "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}[precision_dtype(decoding.precision)],
         "task": settings.task,
         "max_rows": settings.max_rows,
-        "weights": digest([files_of(decoding.model), _revision(decoding.model), files_of(decoding.adapter)]),
+        "weights": digest([files_of(decoding.model), _revision(decoding.model), _contents(decoding.adapter)]),
         "training": _training(decoding),
     }
     how["rows"] = {language: len(of.ids) for language, of in sorted(tests.items())}
-    how["tests"] = {language: digest([of.ids, of.prompts, of.golds]) for language, of in sorted(tests.items())}
+    how["tests"] = {language: digest(of.rows) for language, of in sorted(tests.items())}
     path = folder / "evaluation.json"
     if path.exists():
         before = read_evaluation(folder)
         done = [language for language in before["rows"] if prediction_file(folder, language).exists()]
-        different = [
-            name for name in how if name not in ("rows", "tests", "batch_size") and how[name] != before.get(name)
-        ]
+        checked = [name for name in how if name not in ("rows", "tests")]
+        if how["precision"] == "fp32":  # where the size of a batch makes no difference but in time
+            checked.remove("batch_size")
+        different = [name for name in checked if how[name] != before.get(name)]
+        known = before.get("tests", {})
         different += [
-            f"test rows of {each}" for each in done if before.get("tests", {}).get(each) != how["tests"].get(each)
+            f"test rows of {each}" for each in done if each in tests and known.get(each) != how["tests"][each]
         ]
+        different += [f"no test rows of {each}" for each in done if each not in tests]
         if done and different:
             raise UserError(
                 f"output {folder} holds predictions of another evaluation (different: {', '.join(different)}): choose "
@@ -245,6 +269,14 @@ def _claim(settings: Settings, decoding: Decoding, tests: dict[str, _Tests], fol
 def _revision(model: str) -> str | None:
     """The commit of a hub model; None for a directory, whose files speak for it."""
     return None if Path(model).is_dir() else load_model_config(Model(path=model))._commit_hash
+
+
+def _contents(adapter: str | None) -> list[str]:
+    """Digests of an adapter's files: exporting or merging it again gives the same, where nothing else has changed."""
+    if adapter is None or not Path(adapter).is_dir():
+        return []
+    files = [Path(adapter) / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    return [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest() for file in files if file.is_file()]
 
 
 def _training(decoding: Decoding) -> dict[str, list[str]]:
@@ -292,15 +324,17 @@ def _made_report(settings: Settings, task: ModuleType, folder: Path) -> dict:
     if evaluation["task"] != settings.task:
         raise UserError(f"{folder} holds predictions for task {evaluation['task']}, not {settings.task}")
     predictions = {name: read_predictions(folder, name, rows) for name, rows in evaluation["rows"].items()}
-    counts = {name: task.statistics(each.texts, each.golds, name) for name, each in predictions.items()}
+    counts = {name: statistics(task, each, name, folder) for name, each in predictions.items()}
     if settings.comet is not None:
         if settings.task != "translation":
             raise UserError(f"comet scores translations, and the task is {settings.task}")
         for name, each in predictions.items():
             counts[name]["comet"] = comet_scores(each, settings.comet, folder / "comet" / f"{name}.json")
     training = {
-        name: getattr(settings, name) if getattr(settings, name) is not None else evaluation["training"][name]
+        name: getattr(settings, name)
+        if getattr(settings, name) is not None
+        else evaluation.get("training", {}).get(name, [])
         for name in ("supervised", "aligned")
     }
-    about = {name: evaluation[name] for name in ("task", "model", "adapter")}
+    about = {name: evaluation.get(name) for name in ("task", "model", "adapter")}
     return report.build(task, predictions, counts, about, training, settings.seed)

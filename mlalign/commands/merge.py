@@ -64,7 +64,7 @@ def merge(settings: Settings) -> dict:
         distributed.init()
     task = merging.read_adapter(settings.task_adapter, "task adapter")
     alignment = merging.read_adapter(settings.alignment_adapter, "alignment adapter")
-    merging.check_pair(task, alignment)
+    merging.check_pair(task, alignment, one_model=settings.model is not None)
     model = settings.model or task.config.get("base_model_name_or_path") or None
     _check_size(settings, task, alignment, model)
     with distributed.on_main():
@@ -99,8 +99,6 @@ def _recipe(settings: Settings) -> Recipe:
         raise UserError("weight auto needs dev: name task rows with `lang` by --dev")
     if auto and settings.task is None:
         raise UserError("weight auto needs a task, which says how answers are scored: name it by --task")
-    if settings.model is not None and not auto and settings.layers is None:
-        raise UserError("model belongs to --weight auto and to --layers, and neither is given")
     if settings.layers is not None and settings.layers < 1:
         raise UserError(f"layers is {settings.layers}, it must be 1 or more")
     if settings.rank is not None and settings.rank < 1:
@@ -273,7 +271,15 @@ def _show_curve(tuning: dict[str, Any], reports: list[dict], output: Path) -> No
 
 
 def _write(folder: Path, recipe: Recipe, task: Adapter, alignment: Adapter, tuning: dict[str, Any] | None) -> dict:
-    """Merge, and write the adapter and what belongs to it; returns what `merge.json` holds. On rank 0."""
+    """Merge, and write the adapter and what belongs to it; returns what `merge.json` holds. On rank 0.
+
+    What is there already stays, so that evaluations of it go on being evaluations of it.
+    """
+    before = _read_result(folder)
+    wanted = [task.fingerprint, alignment.fingerprint]
+    if (folder / CONFIG).exists() and before.get("settings") == _asked(recipe) and _inputs(before) == wanted:
+        if before.get("tuning") == tuning:
+            return before
     merged = merging.merge_adapters(task, alignment, recipe, distributed.device())
     result = _result(merged, recipe, task, alignment, tuning)
     beside = {"merge.json": result}

@@ -62,7 +62,8 @@ def prepare(settings: Settings) -> dict:
     reader = import_module(f"mlalign.corpora.{settings.dataset}")
     make_writable(settings.output, "output")
     choice = settings.max_rows is not None or settings.balance
-    sieve = Sieve(settings.output, settings.seed, choice or settings.dev is not None)
+    origin = {"dataset": settings.dataset, "source": settings.source}
+    sieve = Sieve(settings.output, origin, settings.seed, choice or settings.dev is not None)
     notes: Counter[str] = Counter()
     gc.freeze()  # else the garbage collector looks through all of torch again and again: a fifth of the time
     try:

@@ -198,7 +198,7 @@ def _read_report(path: Path, metric: str | None) -> tuple[str, dict[str, float]]
     except (OSError, ValueError) as error:
         raise UserError(f"report {path} cannot be read: {error}") from error
     report = report.get("scores", report) if isinstance(report, dict) else {}
-    metrics = {name: scores for name, scores in report.items() if isinstance(scores, dict)}
+    metrics = {name: scores for name, scores in report.items() if isinstance(scores, dict) and name != "rows"}
     if metric is None and metrics:
         metric = next(iter(metrics))
     if metric not in metrics:

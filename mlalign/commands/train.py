@@ -105,7 +105,7 @@ def train(config: Config) -> None:
                 tracker.log(progress.step, evaluated)
                 improved = progress.judge(evaluated, config.evaluation.patience)
             finished = progress.step == steps or progress.stopped_early
-            if improved or (finished and not stop and progress.best is None):
+            if improved or (finished and not stop and progress.best is None and progress.step > kept):
                 checkpoint.export(engine, tokenizer, run_dir, dataset.languages())
             due = finished or stop or progress.step % config.checkpoint_every == 0
             if evaluated or (due and progress.step > kept):

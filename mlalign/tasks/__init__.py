@@ -1,6 +1,7 @@
 """Tasks: how answers are written, and how they are scored. One module each, all with the same few names:
 
 MAIN                                        the metric that reports lead with and merge weights are tuned by
+LOWER_IS_BETTER                             metrics that are shares of something bad
 row(..., form) -> dict                      prompt and answer of a task row; `items` has none
 gold(row, answer, where) -> dict            what scoring needs of a test row, checked
 statistics(predictions, golds, language)    counts of each row: name -> [rows] or [rows, counts]

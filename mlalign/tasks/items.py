@@ -10,6 +10,7 @@ import numpy as np
 from mlalign.tasks.slot_filling import f1
 
 MAIN = "f1"
+LOWER_IS_BETTER = ()
 
 
 def gold(row: dict, answer: str, where: str) -> dict:
@@ -35,7 +36,7 @@ def statistics(predictions: list[str], golds: list[dict], language: str) -> dict
     return counts
 
 
-def metrics(totals: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+def metrics(totals: dict[str, np.ndarray], rows: int | np.ndarray) -> dict[str, np.ndarray]:
     """Metrics from sums of `statistics` over rows; every value may be an array of many such sums."""
     return {
         "f1": f1(totals["right"], totals["found"], totals["wanted"]),

@@ -15,6 +15,7 @@ from mlalign.tasks.prompts import task_row
 from mlalign.tasks.slot_filling import f1
 
 MAIN = "f1"
+LOWER_IS_BETTER = ()
 
 _INSTRUCTION = (
     "Find the named entities in the user's text: persons (PER), organizations (ORG) and locations (LOC). Answer with "
@@ -93,7 +94,7 @@ def _of(entities: Counter[tuple[str, str]], kind: str) -> int:
     return sum(count for (each, _), count in entities.items() if each == kind or not kind)
 
 
-def metrics(totals: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+def metrics(totals: dict[str, np.ndarray], rows: int | np.ndarray) -> dict[str, np.ndarray]:
     """Metrics from sums of `statistics` over rows; every value may be an array of many such sums."""
     kinds = [name.removeprefix("wanted ") for name in totals if name.startswith("wanted ")]
     scores = {

@@ -9,9 +9,11 @@ import numpy as np
 from seqeval.metrics.sequence_labeling import get_entities
 
 from mlalign.errors import UserError
+from mlalign.languages import language_of
 from mlalign.tasks.prompts import task_row
 
 MAIN = "f1"
+LOWER_IS_BETTER = ("malformed",)
 
 _INSTRUCTION = (
     "Extract the entities that a voice assistant needs to carry out the user's command. "
@@ -62,7 +64,7 @@ def statistics(predictions: list[str], golds: list[dict], language: str) -> dict
     return counts
 
 
-def metrics(totals: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+def metrics(totals: dict[str, np.ndarray], rows: int | np.ndarray) -> dict[str, np.ndarray]:
     """Metrics from sums of `statistics` over rows; every value may be an array of many such sums."""
     return {
         "f1": f1(totals["right"], totals["found"], totals["wanted"]),
@@ -79,7 +81,7 @@ def f1(right: np.ndarray, found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 def describe(language: str) -> dict[str, str]:
     """How each metric is computed, for the report."""
-    unit = "characters" if language.split("-")[0] in _BY_CHARACTER else "words"
+    unit = "characters" if language_of(language) in _BY_CHARACTER else "words"
     return {"f1": f"seqeval micro F1 over {unit}, after MASSIVE"}
 
 
@@ -87,8 +89,10 @@ def describe(language: str) -> dict[str, str]:
 
 
 def words_and_labels(annotated: str, language: str) -> tuple[list[str], list[str]]:
-    """MASSIVE's own reading of an annotated utterance: `wake me at [time : nine am]` -> words, and the label of each.
+    """MASSIVE's reading of an annotated utterance: `wake me at [time : nine am]` -> words, and the label of each.
 
+    With one exception: where a slot of a Japanese or Chinese utterance ends in ASCII, as in `[device : tv] 吧`, their
+    script forgets to close it and labels what follows; here it ends at its bracket.
     Raises ValueError for brackets that are not of this form.
     """
     words, labels, label, colon = [], [], _OTHER, False
@@ -118,7 +122,7 @@ def words_and_labels(annotated: str, language: str) -> tuple[list[str], list[str
 def split_words(text: str, language: str) -> list[str]:
     """By white space; in Japanese and Chinese by character, but for chunks of ASCII alone."""
     chunks = text.split()
-    if language.split("-")[0] not in _BY_CHARACTER:
+    if language_of(language) not in _BY_CHARACTER:
         return chunks
     return [word for chunk in chunks for word in ([chunk] if chunk.isascii() else chunk)]
 

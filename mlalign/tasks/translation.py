@@ -14,9 +14,13 @@ from mlalign.languages import language_of
 from mlalign.tasks.prompts import task_row
 
 MAIN = "chrf++"
+LOWER_IS_BETTER = ("off_target",)
 
 #: sacrebleu's tokenizers for languages that put no spaces between words; elsewhere it is 13a.
 _TOKENIZERS = {"zh": "zh"} | dict.fromkeys(("ja", "th", "km", "lo", "my", "bo"), "char")
+
+
+_VARIETIES = ({"no", "nb", "nn"}, {"zh", "wuu", "yue"}, {"ar", "arz", "ary"})
 
 
 def language_name(code: str) -> str:
@@ -55,20 +59,31 @@ def gold(row: dict, answer: str, where: str) -> dict:
 def statistics(predictions: list[str], golds: list[dict], language: str) -> dict[str, np.ndarray]:
     """Per row: sacrebleu's n-gram counts for BLEU [rows, 10] and chrF++ [rows, 24], and `off_target` [rows].
 
-    Every row of one call has the same target language. An empty answer is off target.
+    Every row of one call has the same target language. An empty answer is off target; where py3langid does not know the
+    target language, there is no `off_target`.
     """
     target = golds[0]["tgt_lang"]
     references = [[each["reference"] for each in golds]]
-    tongues = [py3langid.classify(text)[0] if text.strip() else "" for text in predictions]
-    return {
+    counts = {
         # sacrebleu keeps counts per sentence behind an underscore; its own significance test uses the same calls
         "bleu": np.array(_bleu(target)._extract_corpus_statistics(predictions, references), dtype=float),
         "chrf++": np.array(_chrf()._extract_corpus_statistics(predictions, references), dtype=float),
-        "off_target": np.array([tongue != language_of(target) for tongue in tongues], dtype=float),
     }
+    accepted = _labels(target)
+    if accepted:
+        astray = [not text.strip() or py3langid.classify(text)[0] not in accepted for text in predictions]
+        counts["off_target"] = np.array(astray, dtype=float)
+    return counts
 
 
-def metrics(totals: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+def _labels(target: str) -> set[str]:
+    """py3langid's labels for texts in the target language, and in close varieties, which it cannot tell apart."""
+    code = language_of(target)
+    near = next((group for group in _VARIETIES if code in group), {code})
+    return {label for label, _ in py3langid.rank("a") if language_of(label) in near}
+
+
+def metrics(totals: dict[str, np.ndarray], rows: int | np.ndarray) -> dict[str, np.ndarray]:
     """Metrics from sums of `statistics` over rows; every value may be an array of many such sums.
 
     `bleu` and `chrf++` are percent, as sacrebleu gives them; `comet`, where there is such a column, is its mean.
@@ -76,11 +91,8 @@ def metrics(totals: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
     scores = {
         "chrf++": _each(_chrf(), totals["chrf++"]),
         "bleu": _each(_bleu("en"), totals["bleu"]),  # from counts on, no tokenizer is asked
-        "off_target": totals["off_target"] / rows,
     }
-    if "comet" in totals:
-        scores["comet"] = totals["comet"] / rows
-    return scores
+    return scores | {name: totals[name] / rows for name in ("off_target", "comet") if name in totals}
 
 
 def describe(language: str) -> dict[str, str]:
