@@ -1,5 +1,6 @@
 """Rows to tokens: the known traps of trainers, each with a test; and one sentence for every kind of bad row."""
 
+import copy
 import json
 
 import pytest
@@ -283,3 +284,16 @@ def test_a_chat_template_that_refuses_is_one_sentence(tmp_path, tokenizer, monke
         UserError, match=r"task.jsonl:1: the chat template refuses these messages: roles must alternate"
     ):
         task(tmp_path, tokenizer, CHAT)
+
+
+def test_a_template_without_a_system_turn_gets_its_words_in_the_users(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + (
+        other.chat_template
+    )
+    turns = [("system", "be brief"), ("user", "hello"), ("assistant", "hi")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    folded = {"messages": [{"role": "user", "content": "be brief\n\nhello"}, row["messages"][2]]}
+    assert encode_prompt(row, "x:1", other) == encode_prompt(folded, "x:1", tokenizer)
+    with pytest.raises(UserError, match=r"x:1: the chat template refuses these messages: no system"):
+        encode_prompt({"messages": row["messages"][:1] + row["messages"][2:]}, "x:1", other)

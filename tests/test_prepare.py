@@ -384,3 +384,16 @@ def test_the_command_line(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("mlalign: error: format is an option of massive")
     done = subprocess.run([*command, "--dev", "0"], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_what_was_made_of_something_else_is_never_replaced(tmp_path):
+    first = massive(tmp_path / "first", {"en-US.train": ["play jazz"]})
+    second = massive(tmp_path / "second", {"de-DE.train": ["spiel jazz"]})
+    run("massive", first, tmp_path / "out")
+    run("massive", first, tmp_path / "out", form="plain")  # of the same, another way
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(
+        UserError, match=r"out holds what was made of massive .*first, and would lose it: choose another"
+    ):
+        run("massive", second, tmp_path / "out")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
