@@ -65,7 +65,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def digest(value: object) -> str:
     """Stands for a value that JSON can hold: equal values, equal digests."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(json.dumps(value, default=str).encode(), digest_size=8).hexdigest()
 
 
 def files_of(path: str | None) -> list:
