@@ -43,7 +43,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.8"],
-        "dev": ["pytest>=9,<10", "pytest-timeout>=2.4,<3", "ruff>=0.17,<0.18"],
+        "dev": ["openmpi>=5.0.11,<6", "pytest>=9,<10", "pytest-timeout>=2.4,<3", "ruff>=0.17,<0.18"],
     },
     entry_points={"console_scripts": ["mlalign=mlalign.__main__:main"]},
 )

@@ -1,7 +1,9 @@
 """The shipped sbatch files on a real Slurm of two nodes: train, probe and evaluate, stop, crash, and come back."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -129,3 +131,75 @@ def test_training_on_two_nodes_with_two_ranks_each(cluster, recipe, stage):
     assert f"4 ranks, ZeRO-{stage}" in cluster.log(job)
     assert [row["step"] for row in steps(run_dir / "metrics.jsonl")] == [1, 2, 3]
     assert (run_dir / "adapter/adapter_model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, recipe):
+    """Losses, step by step, and weights of a run that nothing happened to."""
+    path, run_dir = recipe("undisturbed", optimizer={"steps": 40})
+    job = cluster.submit("train.sbatch", path)
+    assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
+    return losses(run_dir), (run_dir / "adapter/adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("disturbance", ["warning", "requeue"])
+def test_a_job_that_is_warned_or_requeued_comes_back_with_the_same_losses(cluster, recipe, undisturbed, disturbance):
+    path, run_dir = recipe(disturbance, optimizer={"steps": 40})
+    job = cluster.submit("train.sbatch", path)
+    cluster.until(job, run_dir / "metrics.jsonl", 5)
+    if disturbance == "warning":  # as before a time limit
+        cluster.ask("scancel", "--batch", "--signal=USR1", job)
+    else:  # as an administrator or a preemption does
+        cluster.ask("scontrol", "requeue", job)
+    found = cluster.wait(job)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
+    assert losses(run_dir) == undisturbed[0]
+    assert (run_dir / "adapter/adapter_model.safetensors").read_bytes() == undisturbed[1]
+    if disturbance == "warning":
+        assert "stopped by a signal, all is saved: requeued" in cluster.log(job)
+    assert "attempt 2" in cluster.log(job)
+
+
+def kill_a_rank(path: Path, rank: int) -> None:
+    """SIGKILL, as the kernel does where memory runs out."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            environment = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        is_rank = str(path).encode() in words and b"mlalign" in words and words[0].endswith(b"python")
+        if is_rank and f"SLURM_PROCID={rank}".encode() in environment and b"SLURM_STEP_ID=0" in environment:
+            os.kill(int(process.name), signal.SIGKILL)
+            return
+    raise AssertionError(f"no rank {rank} of {path}")
+
+
+def test_a_job_that_loses_a_rank_comes_back_with_the_same_losses(cluster, recipe, undisturbed):
+    path, run_dir = recipe("crash", optimizer={"steps": 40}, checkpoint_every=5)
+    job = cluster.submit("train.sbatch", path)
+    cluster.until(job, run_dir / "metrics.jsonl", 13)
+    kill_a_rank(path, rank=2)
+    found = cluster.wait(job)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), cluster.log(job)
+    assert "saved last: " in cluster.log(job)
+    assert losses(run_dir) == undisturbed[0]
+    assert (run_dir / "adapter/adapter_model.safetensors").read_bytes() == undisturbed[1]
+
+
+def test_a_mistake_is_said_and_not_repeated(cluster, recipe):
+    path, _ = recipe("mistake", task={"train": "nowhere.jsonl"})
+    job = cluster.submit("train.sbatch", path)
+    found = cluster.wait(job)
+    assert (found["JobState"], found["Restarts"]) == ("FAILED", "0"), cluster.log(job)
+    assert "not started again, something is to be mended first: nowhere.jsonl does not exist" in cluster.log(job)
+
+
+def test_a_cancelled_job_stays_cancelled(cluster, recipe):
+    path, run_dir = recipe("cancelled", optimizer={"steps": 2000})
+    job = cluster.submit("train.sbatch", path)
+    cluster.until(job, run_dir / "metrics.jsonl", 2)
+    cluster.ask("scancel", job)
+    assert cluster.wait(job)["JobState"] == "CANCELLED"
+    time.sleep(3)
+    assert cluster.state(job)["JobState"] == "CANCELLED", cluster.log(job)
