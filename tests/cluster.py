@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import alone_in_the_world
 
 NODES = ("127.0.1.1", "127.0.1.2")
 
@@ -98,7 +99,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
     conf.write_text(CONF.format(folder=folder, port=port, nodes="\n".join(lines), names=",".join(NODES)))
     (folder / "munge" / "key").write_bytes(os.urandom(128))
     (folder / "munge" / "key").chmod(0o400)
-    environment = os.environ | {"SLURM_CONF": str(conf)}
+    environment = alone_in_the_world() | {"SLURM_CONF": str(conf)}
     path = f"{environment['PATH']}:/usr/sbin:/sbin"
     script = START.format(folder=folder, nodes=" ".join(NODES))
     daemons = subprocess.Popen(

@@ -168,6 +168,12 @@ def tiny_model(tmp_path_factory, tokenizer) -> Path:
     return path
 
 
+def alone_in_the_world() -> dict[str, str]:
+    """The environment for a process that belongs to no group, whatever this process has joined in earlier tests."""
+    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE")
+    return {name: value for name, value in os.environ.items() if name not in group} | {"OMP_NUM_THREADS": "1"}
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, write_jsonl
+from conftest import TEXT, alone_in_the_world, write_jsonl
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -239,7 +239,7 @@ def test_killed_half_way_and_repeated_gives_the_same_report(settings, tmp_path, 
     job.mkdir()
     command = [sys.executable, "-m", "mlalign", "evaluate", str(tiny_model), "--test", str(test_file)]
     command += ["--output", str(output), "--task", "items", "--batch-size", "4", "--max-new-tokens", "6"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MLALIGN_JOB_DIR": str(job)}
+    environment = alone_in_the_world() | {"MLALIGN_JOB_DIR": str(job)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     first = output / "predictions" / "de.jsonl"
     end = time.monotonic() + 120

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import alone_in_the_world
 from omegaconf import OmegaConf
 
 from mlalign.errors import UserError
@@ -85,7 +86,9 @@ def test_the_first_host_of_a_node_list(nodes, first):
 def test_what_contradicts_itself_is_refused(environment, message):
     if "mpi4py" in message:  # in a process of its own: this starts MPI
         code = f"from mlalign.launchers import discover; discover({environment})"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=alone_in_the_world(), capture_output=True, text=True, timeout=120
+        )
         assert message in done.stderr
         return
     with pytest.raises(UserError, match=message):
@@ -114,7 +117,7 @@ def losses(tmp_path_factory, tiny_model, rows):
         }
         recipe = folder / f"{launcher}.yaml"
         OmegaConf.save(OmegaConf.create(settings), recipe)
-        environment = os.environ | {"NPROC": "2", "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+        environment = alone_in_the_world() | {"NPROC": "2", "PATH": f"{BIN}:{os.environ['PATH']}"}
         done = subprocess.run(
             [ROOT / "launch" / f"{launcher}.sh", recipe], env=environment, capture_output=True, text=True, timeout=300
         )
@@ -141,9 +144,12 @@ def join(**environment: str) -> subprocess.CompletedProcess:
     code = "from mlalign.distributed import init\nfrom mlalign.errors import UserError\ntry:\n  init()\n"
     code += "except UserError as e:\n  print(e)"
     names = {"RENDEZVOUS_TIMEOUT": "3", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
-    bare = {k: v for k, v in os.environ.items() if k not in ("RANK", "MASTER_PORT")}
     return subprocess.run(
-        [sys.executable, "-c", code], env=bare | names | environment, capture_output=True, text=True, timeout=90
+        [sys.executable, "-c", code],
+        env=alone_in_the_world() | names | environment,
+        capture_output=True,
+        text=True,
+        timeout=90,
     )
 
 

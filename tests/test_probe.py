@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import resource
 import shutil
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT
+from conftest import TEXT, alone_in_the_world
 from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -60,12 +59,6 @@ def adapter(tmp_path_factory, tiny_model) -> Path:
     path = tmp_path_factory.mktemp("adapter")
     lm.save_pretrained(path)
     return path
-
-
-def alone_in_the_world() -> dict[str, str]:
-    """The environment of a process that belongs to no group, whatever tests ran before."""
-    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in group} | {"OMP_NUM_THREADS": "1"}
 
 
 def saved_states(output: Path) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import write_jsonl
+from conftest import alone_in_the_world, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data pack at {DAT
 
 
 def run(*command: object, **variables: str) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "2", "PATH": f"{BIN}:{os.environ['PATH']}"} | variables
+    environment = alone_in_the_world() | {"NPROC": "2", "PATH": f"{BIN}:{os.environ['PATH']}"} | variables
     done = subprocess.run(
         [str(c) for c in command], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=400
     )
