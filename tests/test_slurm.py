@@ -16,7 +16,9 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-SITE = "NODES=2\nTASKS_PER_NODE=2\nWARNING=30\nexport DS_ACCELERATOR=cpu\n"
+#: Kernels that other tests have compiled are taken from where torch keeps them, for a node compiles them in minutes.
+COMPILED = f"$HOME/.cache/torch_extensions/py3{sys.version_info.minor}_cpu"
+SITE = f"NODES=2\nTASKS_PER_NODE=2\nWARNING=30\nexport DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR={COMPILED}\n"
 
 
 class Cluster:
