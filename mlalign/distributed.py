@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mlalign import launchers
+from mlalign import kernels, launchers
 from mlalign.errors import NotMetError, StoppedError, UserError
 from mlalign.launchers import Place
 
@@ -41,6 +41,7 @@ def init() -> None:
 
     import deepspeed  # here: it takes seconds, and commands that need no engine should not pay for it
 
+    kernels.load("ShareMemCommBuilder")
     deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False)
 
 

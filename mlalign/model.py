@@ -19,7 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
-from mlalign import distributed
+from mlalign import distributed, kernels
 from mlalign.config import Config, Lora, Model
 from mlalign.errors import UserError
 from mlalign.loss import token_nll
@@ -299,6 +299,7 @@ def make_optimizer(config: Config, groups: list[dict[str, Any]], zero: dict[str,
     if (zero["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        kernels.load("CPUAdamBuilder")
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
     return torch.optim.AdamW(groups, fused=distributed.uses_cuda(), **arguments)
 

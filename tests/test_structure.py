@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "mlalign"
 #: Every module of a row may import from the rows above it and not from its own.
 LAYERS = [
     {"errors", "loss", "pooling", "retrieval", "plots", "languages", "demo_data", "demo_base"}
-    | {"tasks.prompts", "sifting", "corpora", "jobs"},
+    | {"tasks.prompts", "sifting", "corpora", "jobs", "kernels"},
     {"launchers"},
     {"config", "distributed", "tasks", "tasks.slot_filling", "tasks.translation", "scoring"},
     {"tracker", "rundir", "schedule", "rows", "tasks.items", "tasks.json_extraction"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"commands.merge"},  # which tunes its weight by evaluating
     {"__main__"},
 ]
-PURE = {"loss", "pooling", "retrieval", "languages", "tasks.prompts", "sifting", "jobs"}
+PURE = {"loss", "pooling", "retrieval", "languages", "tasks.prompts", "sifting", "jobs", "kernels"}
 
 
 def modules() -> dict[str, Path]:

@@ -1,0 +1,47 @@
+"""Compiled kernels and the lock files of the dead."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import alone_in_the_world
+from torch.utils.cpp_extension import _get_build_directory
+
+LOAD = "from mlalign import kernels; kernels.load('ShareMemCommBuilder'); print('loaded')"
+
+
+def loading() -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", LOAD],
+        env=alone_in_the_world(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def lock() -> Path:
+    """Where torch's lock lies beside a kernel that is compiled."""
+    assert "loaded" in loading().communicate(timeout=300)[0]
+    return Path(_get_build_directory("deepspeed_shm_comm", False)) / "lock"
+
+
+def test_a_lock_left_by_a_killed_process_holds_nobody_up(lock):
+    lock.touch()
+    out, err = loading().communicate(timeout=120)
+    assert "loaded" in out, err
+    assert not lock.exists()
+
+
+def test_a_lock_that_is_held_is_waited_for(lock):
+    with open(lock, "x"):
+        process = loading()
+        time.sleep(15)
+        held = process.poll() is None and lock.exists()
+        lock.unlink()
+    assert held
+    out, err = process.communicate(timeout=120)
+    assert "loaded" in out, err
