@@ -273,6 +273,43 @@ def prepare(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of the run; by default what a launcher started.")
+    ] = None,
+    device: Annotated[
+        Literal["cuda", "cpu"] | None, typer.Option(help="cuda, unless DS_ACCELERATOR=cpu; no GPU is needed here.")
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="For the #SBATCH lines.")] = 4,
+    memory_per_gpu: Annotated[float | None, typer.Option(min=0.001, help="GiB; asks for advice on ZeRO.")] = None,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="Over all ranks, such as train/tokens_per_second of a run.")
+    ] = None,
+    measure: Annotated[int | None, typer.Option(min=1, help="Real steps to run here, for tokens per second.")] = None,
+    json: Annotated[Path | None, typer.Option(help="A file for the same numbers.")] = None,
+) -> None:
+    """Say what a run will take before it is queued: memory, steps, disk, time, #SBATCH lines."""
+    from mlalign.config import load
+
+    loaded = load(config, overrides or [])
+    from mlalign.commands.plan import Settings, plan
+
+    settings = Settings(
+        config=" ".join([config, *(overrides or [])]),
+        ranks=ranks,
+        device=device,
+        gpus_per_node=gpus_per_node,
+        memory_per_gpu=memory_per_gpu,
+        tokens_per_second=tokens_per_second,
+        measure=measure,
+        json=json,
+    )
+    plan(loaded, settings)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of data, base model and fine-tuning.")] = 0,

@@ -13,17 +13,18 @@ LAYERS = [
     | {"tasks.prompts", "sifting", "corpora", "jobs", "kernels"},
     {"launchers"},
     {"config", "distributed", "tasks", "tasks.slot_filling", "tasks.translation", "scoring"},
-    {"tracker", "rundir", "schedule", "rows", "tasks.items", "tasks.json_extraction"},
+    {"tracker", "rundir", "schedule", "rows", "tasks.items", "tasks.json_extraction", "memory"},
     {"data", "sampler", "model", "checkpoint", "merging", "predictions", "corpora.item"},
     {"objectives", "dataset", "parallel", "generation", "report", "comet", "sieve"}
     | {f"corpora.{name}" for name in ("massive", "translation", "uner", "bitext", "against")},
-    {"evaluation", "states", "probe_report"},
-    {"probe_show"},
-    {f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("[!_]*.py")} - {"commands.merge"},
-    {"commands.merge"},  # which tunes its weight by evaluating
+    {"evaluation", "states", "probe_report", "workload"},
+    {"probe_show", "activations"},
+    {"estimate"},
+    {f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("[!_]*.py")} - {"commands.merge", "commands.plan"},
+    {"commands.merge", "commands.plan"},  # which tunes its weight by evaluating, and measures by training
     {"__main__"},
 ]
-PURE = {"loss", "pooling", "retrieval", "languages", "tasks.prompts", "sifting", "jobs", "kernels"}
+PURE = {"loss", "pooling", "retrieval", "languages", "tasks.prompts", "sifting", "jobs", "kernels", "memory"}
 
 
 def modules() -> dict[str, Path]:

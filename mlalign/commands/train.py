@@ -65,10 +65,10 @@ def train(config: Config) -> None:
     distributed.init()
     engine_config = model.engine_config(config, read_deepspeed(config.deepspeed))
     run_dir = Path(config.run_dir)
-    _check_batch_sizes(config)
+    schedule.check_batch_sizes(config, distributed.world_size())
     open_run(config, run_dir)
     tokenizer = model.load_tokenizer(config.model)
-    layer = _checked_layer(config)
+    layer = model.checked_layer(config)
     dataset = load_dataset(config, tokenizer)
     _say_counts(dataset)
 
@@ -131,6 +131,27 @@ def train(config: Config) -> None:
     say(_farewell(progress, run_dir, steps, stop))
     if stop and not finished and distributed.is_main():
         jobs.say_stopped()
+
+
+def measure(config: Config, steps: int) -> dict[str, float]:
+    """Run so many steps after a first one, on the ranks here; nothing is written. Called by all ranks.
+
+    Returns: tokens_per_second over all ranks, and memory: the peak in bytes, of rank 0's GPU or process.
+    """
+    distributed.init()
+    engine_config = model.engine_config(config, read_deepspeed(config.deepspeed))
+    tokenizer = model.load_tokenizer(config.model)
+    dataset = load_dataset(config, tokenizer)
+    engine = _make_engine(config, engine_config, model.checked_layer(config))
+    pad, meter = pad_id(tokenizer), Meter()
+    engine.train()
+    for step in range(1 + steps):
+        with_task = _backward(engine, config, dataset, step, pad, meter)
+        _optimizer_step(engine, config.optimizer.lr, with_task, measure=False)
+        if step == 0:  # compiles, records and allocates
+            meter.restart_clock()
+    values = meter.read()
+    return {"tokens_per_second": values["train/tokens_per_second"], "memory": values["train/memory_gib"] * 2**30}
 
 
 def _backward(engine, config: Config, dataset: Dataset, step: int, pad: int, meter: Meter) -> bool:
@@ -224,32 +245,6 @@ def _make_engine(config: Config, engine_config: dict[str, Any], layer: int):
     groups = model.parameter_groups(aligned, config.optimizer.weight_decay)
     optimizer = model.make_optimizer(config, groups, engine_config)
     return model.make_engine(aligned, optimizer, engine_config)
-
-
-def _check_batch_sizes(config: Config) -> None:
-    for name, section in (("task", config.task), ("alignment", config.alignment)):
-        if section is not None and section.batch_size % distributed.world_size():
-            raise UserError(
-                f"{name}.batch_size is {section.batch_size}, which {distributed.world_size()} ranks cannot share evenly"
-            )
-    if config.alignment and config.alignment.negatives == "local":
-        share, size = config.alignment.batch_size // distributed.world_size(), config.alignment.micro_batch_size
-        if 1 in (share, size, share % size):
-            raise UserError(
-                f"alignment.batch_size {config.alignment.batch_size} is {share} pairs per rank, {size} at a time: that "
-                "leaves a micro-batch of one pair, which has no local negatives"
-            )
-
-
-def _checked_layer(config: Config) -> int:
-    """The alignment layer (the whole depth where nothing is aligned), checked before the weights are loaded."""
-    settings = model.load_model_config(config.model).get_text_config()
-    positions = getattr(settings, "max_position_embeddings", None) or math.inf
-    for name, section in (("task", config.task), ("alignment", config.alignment)):
-        if section is not None and section.max_length > positions:
-            raise UserError(f"{name}.max_length is {section.max_length}, but the model has {positions} positions")
-    depth = settings.num_hidden_layers
-    return model.resolve_layer(config.alignment.layer, depth) if config.alignment else depth
 
 
 def _say_counts(dataset: Dataset) -> None:

@@ -1,0 +1,146 @@
+"""What a run works through: rows, tokens and steps of an epoch, and the micro-batch that needs the most memory.
+
+`survey(config, ranks, tokenizer)` reads and tokenises the rows as `train` does and deals one epoch out to the ranks. Where
+rows are missing it says so and assumes the worst, rows of `max_length`. Used by `mlalign plan`.
+"""
+
+import glob
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from mlalign.config import Alignment, Config, Source, Task
+from mlalign.data import Pair, TaskExample, prefers_one_pass
+from mlalign.dataset import load_dataset
+from mlalign.errors import UserError
+from mlalign.rows import is_local, read_rows
+from mlalign.sampler import GlobalOrder, slices
+from mlalign.schedule import batches, total_steps
+
+_STREAMED = 50  #: batches that are read of a stream, the window in which it groups lengths
+
+Shapes = tuple[tuple[int, int], ...]  #: rows x positions of each pass of a micro-batch
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One objective's part of a run. What cannot be known without rows is None."""
+
+    batches_per_step: float  #: mean over the schedule's cycle
+    micro_batches: int  #: forward passes of one batch on one rank
+    shapes: Shapes  #: of the micro-batch with the most positions
+    learned: int  #: tokens predicted in that micro-batch; 0 for alignment
+    rows: int | None  #: of an epoch
+    tokens: int | None  #: of the first epoch as the sampler draws it, without padding
+    tokens_per_step: float | None  #: over all ranks, without padding
+    steps: int | None  #: that one epoch of these rows takes
+    missing: str | None  #: why lengths are assumed
+
+
+def survey(config: Config, ranks: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Workload]:
+    """Each objective's part of the run on so many ranks. Raises UserError for rows that `train` would refuse."""
+    return {
+        name: _survey_one(config, name, section, ranks, tokenizer)
+        for name, section in (("task", config.task), ("alignment", config.alignment))
+        if section
+    }
+
+
+def steps_of_run(config: Config, workloads: dict[str, Workload]) -> int | None:
+    """Optimizer steps, as `schedule.total_steps` counts them; None where the number of rows is needed and not known."""
+    rows = (workloads.get("task") or workloads["alignment"]).rows
+    return None if rows is None and config.optimizer.steps is None else total_steps(config, rows or 0)
+
+
+def negatives(settings: Alignment, ranks: int) -> tuple[int, int]:
+    """Negatives of one anchor, and anchor-negative pairs of one alignment batch over all ranks and directions.
+
+    Both at most: with `positives: id`, pairs that share a sentence are no negatives of each other.
+    """
+    share, size = settings.batch_size // ranks, settings.micro_batch_size
+    contrasted = [settings.batch_size]
+    if settings.negatives == "local":
+        contrasted = ranks * ([size] * (share // size) + [share % size])
+    directions = 2 if settings.infonce == "symmetric" else 1
+    return max(contrasted) - 1, directions * sum(pairs * (pairs - 1) for pairs in contrasted)
+
+
+def _survey_one(
+    config: Config, name: str, section: Task | Alignment, ranks: int, tokenizer: PreTrainedTokenizerBase
+) -> Workload:
+    cycle = range(sum(config.interleave.parts))
+    counts = [b.count for step in cycle for b in batches(config.interleave, 1.0, step) if b.objective == name]
+    size = max(counts) * section.batch_size  # rows that a step takes at once
+    known: dict[str, Any] = {
+        "batches_per_step": sum(counts) / len(cycle),
+        "micro_batches": math.ceil(size / (section.micro_batch_size * ranks)),
+        "missing": _missing(section.train),
+    }
+    if known["missing"]:
+        rows = min(section.micro_batch_size, size // ranks)
+        one = ((rows, section.max_length),)
+        return Workload(
+            **known,
+            shapes=one if name == "task" else one * 2,
+            learned=rows * (section.max_length - 1) if name == "task" else 0,
+            rows=None,
+            tokens=None,
+            tokens_per_step=None,
+            steps=None,
+        )
+    # one objective at a time, and without dev rows: they need no more memory than these
+    alone = config.model_copy(update={"task": None, "alignment": None, name: section.model_copy(update={"dev": []})})
+    dataset = load_dataset(alone, tokenizer)
+    rows, order = dataset.epoch_rows or None, dataset.orders[name]
+    sample = rows or _STREAMED * size
+    tokens = sum(map(len, order.take(sample)))
+    order.restore({"epoch": 0, "position": 0})
+    shapes, learned = _largest(order, math.ceil(sample / size), size, section.micro_batch_size, ranks)
+    one_epoch = config.optimizer.model_copy(update={"steps": None, "epochs": 1.0})
+    return Workload(
+        **known,
+        shapes=shapes,
+        learned=learned,
+        rows=rows,
+        tokens=tokens if rows else None,
+        tokens_per_step=tokens / sample * section.batch_size * known["batches_per_step"],
+        steps=total_steps(alone.model_copy(update={"optimizer": one_epoch}), rows) if rows else None,
+    )
+
+
+def _largest(order: GlobalOrder, count: int, size: int, micro_batch_size: int, ranks: int) -> tuple[Shapes, int]:
+    """Of `count` batches, the shapes of the share with the most positions, and its learned tokens."""
+    largest, learned, most = (), 0, 0
+    for _ in range(count):
+        for shares in slices(order.take(size), micro_batch_size, ranks):
+            for share in shares:
+                shapes = _shapes(share, shares)
+                positions = sum(rows * width for rows, width in shapes)
+                if positions > most:
+                    largest, most = shapes, positions
+                    learned = sum(row.learned for row in share) if isinstance(share[0], TaskExample) else 0
+    return largest, learned
+
+
+def _shapes(share: list[TaskExample] | list[Pair], shares: list) -> Shapes:
+    """As `data.collate_task` and `data.collate_bitext` make them."""
+    if isinstance(share[0], TaskExample):
+        return ((len(share), max(map(len, share))),)
+    src, tgt = max(len(pair.src) for pair in share), max(len(pair.tgt) for pair in share)
+    return ((2 * len(share), max(src, tgt)),) if prefers_one_pass(shares) else ((len(share), src), (len(share), tgt))
+
+
+def _missing(sources: list[Source]) -> str | None:
+    """What is wrong with the first source that is not there. What is there and broken is an error where it is read."""
+    for source in sources:
+        if is_local(source.path):
+            if not glob.glob(source.path, recursive=True):
+                return f"{source.path} is not there"
+            continue
+        try:
+            next(read_rows(source), None)
+        except UserError as error:
+            return str(error)
+    return None
