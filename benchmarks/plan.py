@@ -1,14 +1,13 @@
-"""How near `mlalign plan` comes to the memory that `mlalign train` takes: `python benchmarks/plan.py`.
+"""How near `mlalign plan` comes to the memory that `mlalign train` takes: `python benchmarks/plan.py`, ten minutes.
 
-Made-up Llamas of 20 to 60M parameters, two epochs of made-up rows of mixed lengths, 2 ranks with gloo on this machine's
-CPUs, fp32. Estimated is what `mlalign plan` says is the peak of a rank. Measured is what /proc calls VmHWM, the largest
-resident memory of a process, of the rank that has more, minus what was resident before the run. Before that, the same
-process trains a model of nearly no size with the same layout: what libraries, threads and rows take is not counted.
+Three made-up Llamas under three ZeRO stages, two steps on made-up rows of mixed lengths, 2 ranks with gloo on this
+machine's CPUs, fp32. Estimated is what `mlalign plan` says is the peak of a rank. Measured is VmHWM of /proc, the
+largest resident memory of a process, of the rank that has more, less what was resident before the run. Just before, the
+same process trains a model of nearly no size in the same layout, so that libraries and threads do not count.
 
-Two runs each. `given back`: MALLOC_MMAP_THRESHOLD_=65536, with which glibc's malloc gives freed tensors back at once, as
-CUDA's `max_memory_allocated` does not count what is freed. `glibc`: as it comes. It keeps freed blocks of up to 32 MiB on
-its heap, and lengths differ from batch to batch, so that the heap is never quite filled again: no sum of tensors tells
-how much that is.
+Runs are measured with MALLOC_MMAP_THRESHOLD_=65536, with which glibc's malloc gives freed tensors back at once, so that
+they do not count, as they do not in CUDA's `max_memory_allocated`. One run is repeated without: glibc then keeps freed
+blocks of up to 32 MiB on its heap, and how much that is no sum of tensors tells.
 """
 
 import argparse
@@ -36,22 +35,15 @@ from mlalign.config import Config
 MIB = 2**20
 console = Console(width=110)
 
-#: hidden, MLP, blocks, heads, key-value heads, vocabulary, tied embeddings; all but the first line of each differ
+#: hidden, MLP, blocks, heads, key-value heads, vocabulary, tied embeddings
 SHAPES = {
     "tiny": (16, 16, 2, 2, 1, 300, True),
-    "wide": (768, 2048, 4, 12, 4, 8_000, False),
-    "deep": (320, 1280, 16, 5, 5, 4_000, True),
-    "words": (384, 1024, 6, 6, 2, 64_000, True),
+    "wide": (512, 1536, 3, 8, 4, 2_000, False),
+    "deep": (192, 512, 12, 4, 4, 2_000, True),
+    "words": (256, 512, 4, 4, 2, 32_000, True),
 }
-#: shape, LoRA rank (0 = full fine-tuning), gradient checkpointing, attention
-CASES = [
-    ("wide", 0, False, "sdpa"),
-    ("wide", 0, True, "sdpa"),
-    ("deep", 8, False, "eager"),
-    ("deep", 8, True, "sdpa"),
-    ("words", 0, False, "sdpa"),
-    ("words", 16, False, "sdpa"),
-]
+#: shape -> LoRA rank (0 = full fine-tuning), gradient checkpointing, attention
+CASES = {"wide": (0, False, "sdpa"), "deep": (8, False, "eager"), "words": (0, True, "sdpa")}
 
 
 def make_model(shape: str, folder: Path) -> str:
@@ -82,7 +74,7 @@ def make_model(shape: str, folder: Path) -> str:
     return str(folder / shape)
 
 
-def write_rows(folder: Path, rows: int = 32) -> None:
+def write_rows(folder: Path, rows: int = 16) -> None:
     """Task rows of 60 to 250 tokens and pairs of 20 to 120 tokens a side."""
     rng = random.Random(0)
 
@@ -99,25 +91,23 @@ def write_rows(folder: Path, rows: int = 32) -> None:
             file.write(json.dumps(sides | {"src_lang": "de", "tgt_lang": "en"}) + "\n")
 
 
-def config_of(case: tuple, stage: str, folder: Path) -> dict[str, Any]:
-    shape, lora, checkpointing, attention = case
+def config_of(size: str, shape: str, stage: str, folder: Path) -> dict[str, Any]:
+    """Values of a config: a model of one size, trained as `shape` is, under a stage."""
+    lora, checkpointing, attention = CASES[shape]
     return {
-        "run_dir": str(folder / f"run-{os.getpid()}-{shape}-{stage}"),
+        "run_dir": str(folder / f"run-{size}-{shape}-{stage}"),
         "model": {
-            "path": str(folder / shape),
+            "path": str(folder / size),
             "gradient_checkpointing": checkpointing,
             "attention": attention,
             "precision": "fp32",
         },
         "lora": {"r": lora} if lora else None,
-        "task": {"train": str(folder / "task.jsonl"), "batch_size": 16, "micro_batch_size": 4},
-        "alignment": {"train": str(folder / "bitext.jsonl"), "batch_size": 32, "micro_batch_size": 8},
-        "optimizer": {"steps": 3},
+        "task": {"train": str(folder / "task.jsonl"), "batch_size": 8, "micro_batch_size": 2},
+        "alignment": {"train": str(folder / "bitext.jsonl"), "batch_size": 16, "micro_batch_size": 4},
+        "optimizer": {"steps": 2},
         "deepspeed": f"ds_configs/{stage}.json",
     }
-
-
-# -------------------------------------------------------------------------------------------------------- one process
 
 
 def resident(name: str) -> int:
@@ -127,18 +117,32 @@ def resident(name: str) -> int:
 
 
 def measure(path: str) -> None:
-    """On each rank: train nearly nothing, then train; prints what the second took."""
+    """On each rank, for each pair of configs: train nearly nothing, then train; print what the second took."""
     from mlalign.commands.train import train
 
-    small, large = (Config.model_validate(values) for values in json.loads(Path(path).read_text()))
-    train(small)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    before = resident("VmRSS")
-    train(large)
-    peaks = distributed.gather_objects(resident("VmHWM") - before)
-    if distributed.is_main():
-        print("PEAK", max(peaks))
+    for small, large in json.loads(Path(path).read_text()):
+        train(Config.model_validate(small))
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        before = resident("VmRSS")
+        train(Config.model_validate(large))
+        peaks = distributed.gather_objects(resident("VmHWM") - before)
+        if distributed.is_main():
+            print("PEAK", max(peaks), flush=True)
+        gc.collect()
+
+
+def measured(pairs: list[tuple[dict, dict]], folder: Path, give_back: bool) -> list[int]:
+    """Peaks in bytes of the second config of each pair, one after the other in the same two processes."""
+    (folder / "configs.json").write_text(json.dumps(pairs))
+    launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if give_back else {})
+    command = [*launcher, __file__, "--measure", str(folder / "configs.json")]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    peaks = [int(line.split()[1]) for line in output.stdout.splitlines() if line.startswith("PEAK")]
+    if len(peaks) < len(pairs):
+        sys.exit(output.stdout + output.stderr)
+    return peaks
 
 
 def estimate(values: dict[str, Any]) -> tuple[int, str]:
@@ -146,61 +150,34 @@ def estimate(values: dict[str, Any]) -> tuple[int, str]:
     from mlalign.commands.plan import Settings, plan
 
     tracker.console.quiet = True
-    result = plan(Config.model_validate(values), Settings(ranks=2))
+    result = plan(Config.model_validate(values), Settings(ranks=2, device="cpu"))
     return result["memory"]["peak"], result["memory"]["peak_phase"]
 
 
-# -------------------------------------------------------------------------------------------------------------- table
-
-
-def measured(small: dict, large: dict, folder: Path, give_back: bool) -> int:
-    (folder / "configs.json").write_text(json.dumps([small, large]))
-    launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if give_back else {})
-    output = subprocess.run(
-        [*launcher, __file__, "--measure", str(folder / "configs.json")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "PEAK" not in output.stdout:
-        sys.exit(output.stdout + output.stderr)
-    return int(output.stdout.split("PEAK ")[1].split()[0])
-
-
 def main(stages: list[str], shapes: list[str]) -> None:
-    table = Table(
-        "model", "trained", "ckpt", "attention", "ZeRO", "phase", "estimated", "given back", "ratio", "glibc", "ratio"
-    )
+    table = Table("model", "trained", "checkpointing", "ZeRO", "phase", "estimated, MiB", "measured, MiB", "ratio")
     with tempfile.TemporaryDirectory(prefix="memory-benchmark-") as name:
         folder = Path(name)
         for shape in SHAPES:
             make_model(shape, folder)
         write_rows(folder)
-        for case in (case for case in CASES if case[0] in shapes):
-            for stage in stages:
-                small, large = config_of(("tiny", *case[1:]), stage, folder), config_of(case, stage, folder)
-                expected, phase = estimate(large)
-                found = []
-                for turn, give_back in enumerate((True, False)):
-                    runs = [values | {"run_dir": f"{values['run_dir']}-{turn}"} for values in (small, large)]
-                    found.append(measured(*runs, folder, give_back))
-                shape, lora, checkpointing, attention = case
-                row = [
-                    shape,
-                    f"LoRA {lora}" if lora else "full",
-                    "yes" if checkpointing else "no",
-                    attention,
-                    stage[4:],
-                    phase,
-                ]
-                row += [f"{expected / MIB:.0f}"]
-                for peak in found:
-                    row += [f"{peak / MIB:.0f}", f"{expected / peak:.2f}"]
-                table.add_row(*row)
-                print("|", " | ".join(row), "|", flush=True)
+        cases = [(shape, stage) for shape in shapes for stage in stages]
+        pairs = [[config_of(size, shape, stage, folder) for size in ("tiny", shape)] for shape, stage in cases]
+        peaks = measured(pairs, folder, give_back=True)
+        [as_it_comes] = measured([again(pair) for pair in pairs[:1]], folder, give_back=False)
+        for (shape, stage), (_, large), peak in zip(cases, pairs, peaks):
+            lora, checkpointing, _ = CASES[shape]
+            expected, phase = estimate(large)
+            trained = f"LoRA {lora}" if lora else "full"
+            sizes = (f"{expected / MIB:.0f}", f"{peak / MIB:.0f}", f"{expected / peak:.2f}")
+            table.add_row(shape, trained, "yes" if checkpointing else "no", stage[4:], phase, *sizes)
     console.print(table)
+    console.print(f"{cases[0]}: {peaks[0] / MIB:.0f} MiB, with malloc as it comes {as_it_comes / MIB:.0f} MiB")
+
+
+def again(pair: list[dict]) -> list[dict]:
+    """The same runs in directories of their own."""
+    return [values | {"run_dir": f"{values['run_dir']}-again"} for values in pair]
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     paper = on_paper(config, layer, dtype)             the model, its adapters and its truncated view, without bytes
     task_pass(paper, ...), alignment_pass(paper, ...)  forward and backward, and what is alive at their largest moment
 
-A formula such as that of Korthikanti et al. 2022 (section 4) knows one architecture and one attention. Here transformers'
-own code runs on torch's fake tensors, and every tensor that it makes is added up while it lives: right for any model,
-adapter, attention and checkpointing, in seconds for 8B parameters. Used by `mlalign plan`.
+A formula such as that of Korthikanti et al. 2022 (section 4) knows one architecture and one attention. Here the code
+of transformers runs on torch's fake tensors, and every tensor that it makes is added up while it lives: right for any
+model, adapter, attention and checkpointing, in seconds for 8B parameters. Used by `mlalign plan`.
 """
 
 import weakref
@@ -189,8 +189,8 @@ def alignment_pass(
 ) -> Pass:
     """An alignment micro-batch of one or two passes, and InfoNCE over what `settings` contrasts.
 
-    Args: chunks: micro-batches of one alignment batch on one rank. Where there are several and negatives are global, the
-    loss is not part of the pass, but all embeddings and their gradients are held during it (`_align_in_chunks`).
+    Args: chunks: micro-batches of one alignment batch on one rank. Where there are several and negatives are global,
+    the loss is no part of the pass, but all embeddings and their gradients are held during it (`_align_in_chunks`).
     """
     pairs = sum(rows for rows, _ in shapes) // 2
     chunked = settings.negatives == "global" and chunks > 1

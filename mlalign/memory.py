@@ -1,11 +1,11 @@
-"""What a training step takes on one rank, by part: model states as ZeRO shards them, activations, buffers. Pure numbers.
+"""What a training step takes on one rank, by part: model states as ZeRO shards them, activations, buffers.
 
     model_states(layout)         what is held all the time, on the device and on the host
     phases(layout, passes)       phase of a step -> part -> bytes on the device
     checkpoint_size(layout)      what a checkpoint takes on disk
 
-Model states are those of ZeRO (Rajbhandari et al. 2020, section 3). What DeepSpeed 0.19 allocates around them is named by
-its place in DeepSpeed's code, below deepspeed/runtime/. `activations` finds out what the passes take. Sizes are bytes of
+Pure numbers. Model states are those of ZeRO (Rajbhandari et al. 2020, section 3); what DeepSpeed 0.19 allocates around
+them is named by its place below deepspeed/runtime/. `activations` finds out what the passes take. Sizes are bytes of
 one rank, counts of parameters are elements. Used by `mlalign plan`.
 """
 
@@ -176,14 +176,14 @@ def _during(layout: Layout, one: Pass) -> dict[str, int]:
         gradients = min(one.peak_with_gradients - one.peak, layout.bucket())
         buffers = layout.bucket() if layout.cuda else gradients
     if layout.stage == 3:
-        buffers = layout.bucket() + _gathered(layout, one)
+        buffers = layout.bucket() + _gathered(layout)
     if layout.stage >= 2 and layout.trainable > layout.zero.reduce_bucket_size:  # reduced in the middle of backward
         buffers += _reduction_copies(layout)
     return {"activations": one.peak - one.logits, "logits": one.logits, "buffers": buffers}
 
 
-def _gathered(layout: Layout, one: Pass) -> int:
-    """Bytes of parameters that ZeRO-3 holds whole during a pass, beyond the persistent ones; above `one.peak`.
+def _gathered(layout: Layout) -> int:
+    """Bytes of parameters that ZeRO-3 holds whole during a pass, beyond the persistent ones.
 
     It gathers ahead into a flat buffer, copies every tensor out of it (zero/partition_parameters.py,
     AllGatherCoalescedHandle), and keeps what comes up again within the reuse distance: at the turn from forward to
@@ -192,13 +192,12 @@ def _gathered(layout: Layout, one: Pass) -> int:
     if layout.ranks == 1 and not layout.offloads_parameters:
         return 0
     large = [size for size in layout.tensors if size > layout.zero.param_persistence_threshold]
-    ahead = min(sum(large), int(layout.zero.prefetch_bucket_size) + max(large, default=0))
-    kept = min(sum(large), int(layout.zero.max_reuse_distance) // 2 + ahead)
-    return layout.width * kept + max(0, one.saved - one.peak + layout.width * ahead)
+    ahead = int(layout.zero.prefetch_bucket_size) + max(large, default=0)
+    return layout.width * min(sum(large), int(layout.zero.max_reuse_distance) // 2 + 2 * ahead)
 
 
 def _reduction_copies(layout: Layout) -> int:
-    """Bytes of what a full bucket is copied to while it is averaged: flattened anew; for gloo's reduce-scatter twice."""
+    """Bytes of what a full bucket is copied to while it is averaged: flattened anew, twice for gloo in ZeRO-3."""
     elements = min(int(layout.zero.reduce_bucket_size), layout.trainable)
     return layout.width * elements * (2 if layout.stage == 3 and not layout.cuda else 1)
 

@@ -1,7 +1,7 @@
 """What a run works through: rows, tokens and steps of an epoch, and the micro-batch that needs the most memory.
 
-`survey(config, ranks, tokenizer)` reads and tokenises the rows as `train` does and deals one epoch out to the ranks. Where
-rows are missing it says so and assumes the worst, rows of `max_length`. Used by `mlalign plan`.
+`survey(config, ranks, tokenizer)` reads and tokenises the rows as `train` does and deals one epoch out to the ranks.
+Where rows are missing it says so and assumes the worst, rows of `max_length`. Used by `mlalign plan`.
 """
 
 import glob
@@ -32,10 +32,10 @@ class Workload:
     micro_batches: int  #: forward passes of one batch on one rank
     shapes: Shapes  #: of the micro-batch with the most positions
     learned: int  #: tokens predicted in that micro-batch; 0 for alignment
-    rows: int | None  #: of an epoch
-    tokens: int | None  #: of the first epoch as the sampler draws it, without padding
+    rows_per_epoch: int | None
+    tokens_per_epoch: int | None  #: of the first epoch as the sampler draws it, without padding
     tokens_per_step: float | None  #: over all ranks, without padding
-    steps: int | None  #: that one epoch of these rows takes
+    steps_per_epoch: int | None  #: of these rows
     missing: str | None  #: why lengths are assumed
 
 
@@ -50,7 +50,7 @@ def survey(config: Config, ranks: int, tokenizer: PreTrainedTokenizerBase) -> di
 
 def steps_of_run(config: Config, workloads: dict[str, Workload]) -> int | None:
     """Optimizer steps, as `schedule.total_steps` counts them; None where the number of rows is needed and not known."""
-    rows = (workloads.get("task") or workloads["alignment"]).rows
+    rows = (workloads.get("task") or workloads["alignment"]).rows_per_epoch
     return None if rows is None and config.optimizer.steps is None else total_steps(config, rows or 0)
 
 
@@ -85,10 +85,10 @@ def _survey_one(
             **known,
             shapes=one if name == "task" else one * 2,
             learned=rows * (section.max_length - 1) if name == "task" else 0,
-            rows=None,
-            tokens=None,
+            rows_per_epoch=None,
+            tokens_per_epoch=None,
             tokens_per_step=None,
-            steps=None,
+            steps_per_epoch=None,
         )
     # one objective at a time, and without dev rows: they need no more memory than these
     alone = config.model_copy(update={"task": None, "alignment": None, name: section.model_copy(update={"dev": []})})
@@ -103,10 +103,10 @@ def _survey_one(
         **known,
         shapes=shapes,
         learned=learned,
-        rows=rows,
-        tokens=tokens if rows else None,
+        rows_per_epoch=rows,
+        tokens_per_epoch=tokens if rows else None,
         tokens_per_step=tokens / sample * section.batch_size * known["batches_per_step"],
-        steps=total_steps(alone.model_copy(update={"optimizer": one_epoch}), rows) if rows else None,
+        steps_per_epoch=total_steps(alone.model_copy(update={"optimizer": one_epoch}), rows) if rows else None,
     )
 
 

@@ -8,7 +8,7 @@ launch/torchrun.sh plan recipe.yaml --measure 5                     the same, me
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from mlalign.estimate import GIB, RESERVE, SHIPPED, Estimate, Job, advise, estim
 from mlalign.memory import PARTS
 from mlalign.rundir import write_whole
 from mlalign.tracker import console, say
-from mlalign.workload import Workload, negatives, steps_of_run, survey
+from mlalign.workload import negatives, steps_of_run, survey
 
 _SLACK = 1.25  #: of the time that is asked for: evaluations, checkpoints, other work on the file system
 _START = 600  #: seconds for loading the model and reading rows
@@ -85,7 +85,13 @@ def _job(config: Config, settings: Settings) -> tuple[Job, str]:
 
 def _result(job: Job, deepspeed: str, found: Estimate, settings: Settings, measured: dict) -> dict[str, Any]:
     config, ranks = job.config, job.ranks
-    work = {name: _work(config, name, each, ranks) for name, each in job.workloads.items()}
+    work = {
+        name: asdict(each) | {"batch_size": getattr(config, name).batch_size} for name, each in job.workloads.items()
+    }
+    if config.alignment:
+        anchor, batch = negatives(config.alignment, ranks)
+        work["alignment"]["negatives_per_anchor"] = anchor
+        work["alignment"]["negatives_per_step"] = round(batch * work["alignment"]["batches_per_step"])
     per_step = [each.tokens_per_step for each in job.workloads.values()]
     steps = steps_of_run(config, job.workloads)
     speed = measured.get("tokens_per_second") or settings.tokens_per_second
@@ -111,25 +117,6 @@ def _result(job: Job, deepspeed: str, found: Estimate, settings: Settings, measu
     }
 
 
-def _work(config: Config, name: str, each: Workload, ranks: int) -> dict[str, Any]:
-    section = getattr(config, name)
-    found = {
-        "rows_per_epoch": each.rows,
-        "tokens_per_epoch": each.tokens,
-        "steps_per_epoch": each.steps,
-        "batch_size": section.batch_size,
-        "batches_per_step": each.batches_per_step,
-        "micro_batches_per_rank": each.micro_batches,
-        "largest_micro_batch": each.shapes,
-        "tokens_per_step": each.tokens_per_step,
-        "missing": each.missing,
-    }
-    if name == "alignment":
-        anchor, batch = negatives(section, ranks)
-        found |= {"negatives_per_anchor": anchor, "negatives_per_step": round(batch * each.batches_per_step)}
-    return found
-
-
 def sbatch_lines(ranks: int, gpus_per_node: int, seconds: float | None, cuda: bool) -> list[str]:
     """Flags for slurm/submit and slurm/train.sbatch: one task per GPU, the time with slack or left out if unknown.
 
@@ -138,7 +125,7 @@ def sbatch_lines(ranks: int, gpus_per_node: int, seconds: float | None, cuda: bo
     nodes = math.ceil(ranks / gpus_per_node)
     if ranks % nodes:
         raise UserError(
-            f"--ranks {ranks} cannot be spread evenly over nodes of {gpus_per_node}: choose a multiple, or --gpus-per-node"
+            f"--ranks {ranks} cannot be spread evenly over nodes of {gpus_per_node}: take a multiple, or --gpus-per-node"
         )
     flags = [f"--nodes={nodes}", f"--ntasks-per-node={ranks // nodes}"]
     if cuda:
@@ -154,32 +141,24 @@ def sbatch_lines(ranks: int, gpus_per_node: int, seconds: float | None, cuda: bo
 
 
 def _show(result: dict[str, Any], settings: Settings) -> None:
-    about, run = result["model"], result["run"]
+    about, run, memory, disk = (result[name] for name in ("model", "run", "memory", "disk"))
     share = about["trainable"] / about["parameters"]
     what = "GPUs" if run["device"] == "cuda" else "CPU ranks"
-    say(
-        f"{about['path']}: {_count(about['parameters'])} parameters, {_count(about['trainable'])} trainable ({share:.2%})"
-    )
     aligned = f", aligned at layer {about['layer']}" if about["layer"] else ""
+    say(f"{about['path']}: {about['parameters']:,} parameters, {about['trainable']:,} trainable ({share:.2%})")
     say(f"{run['ranks']} {what}, {about['precision']}, {run['deepspeed']}{aligned}")
     console.print(_work_table(result["work"]))
     for name, each in result["work"].items():
         if each["missing"]:
             say(f"{name}: {each['missing']}: rows of {name}.max_length are assumed")
-    console.print(_memory_table(result["memory"]))
-    if result["memory"]["host"]:
-        say(f"and {_gib(sum(result['memory']['host'].values()))} GiB of host memory per rank, for what is offloaded")
-    disk = result["disk"]
-    say(
-        f"disk: {_gib(disk['checkpoint'])} GiB a checkpoint, best and latest are kept; {_gib(disk['result'])} GiB the result"
-    )
-    say(_time_line(run["steps"], result["time"]))
+    console.print(_memory_table(memory))
+    if memory["host"]:
+        where = "of them in" if run["device"] == "cpu" else "and, offloaded,"
+        say(f"{where} {_size(sum(memory['host'].values()))} of host memory per rank")
     if result["measured"]:
-        peak = result["measured"]["memory"] / GIB
-        say(
-            f"measured in {settings.measure} steps: peak {peak:.2f} GiB on rank 0"
-            + ("" if run["device"] == "cuda" else ", with all libraries")
-        )
+        say(f"measured in {settings.measure} steps on rank 0: {_size(result['measured']['memory'])}")
+    say(f"disk: {_size(disk['checkpoint'])} a checkpoint, best and latest are kept; result {_size(disk['result'])}")
+    say(_time_line(run["steps"], result["time"]))
     if "advice" in result:
         console.print(_advice_table(result["advice"], run["device"]))
         say(f"advice: {result['advice']['sentence']}")
@@ -197,30 +176,28 @@ def _work_table(work: dict[str, dict[str, Any]]) -> Table:
         "steps per epoch": "steps_per_epoch",
         "tokens per step": "tokens_per_step",
         "batch size, all ranks": "batch_size",
-        "micro-batches per rank": "micro_batches_per_rank",
-        "largest, rows x tokens": "largest_micro_batch",
+        "micro-batches per rank": "micro_batches",
+        "largest, rows x tokens": "shapes",
         "negatives per anchor": "negatives_per_anchor",
         "negatives per step": "negatives_per_step",
     }
     for label, key in rows.items():
-        table.add_row(label, *(_cell(each.get(key), key) for each in work.values()))
+        table.add_row(label, *(_cell(each.get(key, "")) for each in work.values()))
     return table
 
 
-def _cell(value: Any, key: str) -> str:
-    if value is None:
-        return "?" if "negatives" not in key else ""
+def _cell(value: Any) -> str:
     if isinstance(value, tuple):
         return " + ".join(f"{rows} x {width}" for rows, width in value)
-    return f"{value:,.0f}"
+    return "?" if value is None else value if isinstance(value, str) else f"{value:,.0f}"
 
 
 def _memory_table(memory: dict[str, Any]) -> Table:
     phases, peak = memory["phases"], memory["peak_phase"]
-    table = _table("memory of one rank, GiB", "part", list(phases))
+    table = _table("memory of one rank", "part", list(phases))
     for part in PARTS:
-        table.add_row(part, *(_gib(each[part]) for each in phases.values()), end_section=part == PARTS[-1])
-    sums = {name: _gib(sum(each.values())) for name, each in phases.items()}
+        table.add_row(part, *(_size(each[part]) for each in phases.values()), end_section=part == PARTS[-1])
+    sums = {name: _size(sum(each.values())) for name, each in phases.items()}
     table.add_row("sum", *(f"[bold]{size}[/]" if name == peak else size for name, size in sums.items()))
     return table
 
@@ -228,9 +205,9 @@ def _memory_table(memory: dict[str, Any]) -> Table:
 def _advice_table(advice: dict[str, Any], device: str) -> Table:
     gib = advice["memory_per_gpu"]
     kept = f", {RESERVE:.0%} kept free" if device == "cuda" else ""
-    table = _table(f"peak of one rank under each file, of {gib:g} GiB{kept}", "deepspeed", ["GiB"])
+    table = _table(f"of {gib:g} GiB a rank{kept}", "deepspeed", ["peak"])
     for file in SHIPPED:
-        table.add_row(file, _gib(advice["needed"][file]))
+        table.add_row(file, _size(advice["needed"][file]))
     return table
 
 
@@ -254,9 +231,5 @@ def _time_line(steps: int | None, time: dict[str, Any]) -> str:
     return f"{line}, {hours:,.1f} h at {time['tokens_per_second']:,.0f} tokens a second, evaluations not counted"
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:,.2f}"
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e9:,.2f}B" if number >= 1e9 else f"{number / 1e6:,.2f}M"
+def _size(size: float) -> str:
+    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
