@@ -1,6 +1,6 @@
 """How near `mlalign plan` comes to the memory that `mlalign train` takes: `python benchmarks/plan.py`, ten minutes.
 
-Three made-up Llamas under three ZeRO stages, two steps on made-up rows of mixed lengths, 2 ranks with gloo on this
+Three made-up Llamas under three ZeRO stages, three steps on made-up rows of like lengths, 2 ranks with gloo on this
 machine's CPUs, fp32. Estimated is what `mlalign plan` says is the peak of a rank. Measured is VmHWM of /proc, the
 largest resident memory of a process, of the rank that has more, less what was resident before the run. Just before, the
 same process trains a model of nearly no size in the same layout, so that libraries and threads do not count.
@@ -39,7 +39,7 @@ console = Console(width=110)
 SHAPES = {
     "tiny": (16, 16, 2, 2, 1, 300, True),
     "wide": (512, 1536, 3, 8, 4, 2_000, False),
-    "deep": (192, 512, 12, 4, 4, 2_000, True),
+    "deep": (256, 704, 12, 4, 4, 2_000, True),
     "words": (256, 512, 4, 4, 2, 32_000, True),
 }
 #: shape -> LoRA rank (0 = full fine-tuning), gradient checkpointing, attention
@@ -75,7 +75,7 @@ def make_model(shape: str, folder: Path) -> str:
 
 
 def write_rows(folder: Path, rows: int = 16) -> None:
-    """Task rows of 60 to 250 tokens and pairs of 20 to 120 tokens a side."""
+    """Task rows of 240 to 250 tokens and pairs of 110 to 120 tokens a side: batches hold rows of like lengths."""
     rng = random.Random(0)
 
     def text(length: int) -> str:
@@ -83,11 +83,11 @@ def write_rows(folder: Path, rows: int = 16) -> None:
 
     with (folder / "task.jsonl").open("w") as file:
         for _ in range(rows):
-            half = rng.randint(30, 125)
+            half = rng.randint(120, 125)
             file.write(json.dumps({"prompt": text(half), "completion": text(half), "lang": "en"}) + "\n")
     with (folder / "bitext.jsonl").open("w") as file:
         for i in range(rows):
-            sides = {side: f"{text(rng.randint(20, 115))}{side}{i}" for side in ("src", "tgt")}
+            sides = {side: f"{text(rng.randint(110, 115))}{side}{i}" for side in ("src", "tgt")}
             file.write(json.dumps(sides | {"src_lang": "de", "tgt_lang": "en"}) + "\n")
 
 
@@ -105,7 +105,7 @@ def config_of(size: str, shape: str, stage: str, folder: Path) -> dict[str, Any]
         "lora": {"r": lora} if lora else None,
         "task": {"train": str(folder / "task.jsonl"), "batch_size": 8, "micro_batch_size": 2},
         "alignment": {"train": str(folder / "bitext.jsonl"), "batch_size": 16, "micro_batch_size": 4},
-        "optimizer": {"steps": 2},
+        "optimizer": {"steps": 3},
         "deepspeed": f"ds_configs/{stage}.json",
     }
 

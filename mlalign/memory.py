@@ -208,10 +208,9 @@ def _reduction(layout: Layout) -> dict[str, int]:
     if layout.stage == 0:  # engine.py, allreduce_bucket: half a billion elements at a time, flattened
         return {"buffers": width * min(layout.trainable, 500_000_000 + layout.largest)}
     copies = _reduction_copies(layout)
-    if layout.stage < 3:  # gradients move into the bucket, then what the rank owns out of it
+    if layout.stage < 3:  # gradients are in the bucket, then what the rank owns of them is moved out of it
         copies = max(copies, width * layout.touched())
-    moved = width * min(int(layout.zero.reduce_bucket_size), layout.trainable) if layout.stage == 1 else 0
-    return {"gradients": -moved, "buffers": layout.bucket() + copies}
+    return {"buffers": layout.bucket() + copies}
 
 
 def _optimizer_step(layout: Layout, device: dict[str, int]) -> dict[str, int]:
@@ -229,8 +228,7 @@ def _optimizer_step(layout: Layout, device: dict[str, int]) -> dict[str, int]:
         return {"buffers": norm + (width * largest if layout.stage < 3 else 0)}
     if layout.stage == 3:
         return {"buffers": (4 + adam) * group + layout.bucket()}
-    freed = width * (layout.trainable - layout.touched()) if layout.stage == 1 else 0
-    update = {"gradients": -freed, "buffers": (4 + adam) * group}
+    update = {"buffers": (4 + adam) * group}
     if layout.cuda or layout.ranks == 1:
         return update
     # ZeRO-1 and 2 gather the new weights a group at a time; gloo makes a copy of the whole, when gradients are gone

@@ -31,12 +31,12 @@ class Workload:
     batches_per_step: float  #: mean over the schedule's cycle
     micro_batches: int  #: forward passes of one batch on one rank
     shapes: Shapes  #: of the micro-batch with the most positions
-    learned: int  #: tokens predicted in that micro-batch; 0 for alignment
-    rows_per_epoch: int | None
-    tokens_per_epoch: int | None  #: of the first epoch as the sampler draws it, without padding
-    tokens_per_step: float | None  #: over all ranks, without padding
-    steps_per_epoch: int | None  #: of these rows
-    missing: str | None  #: why lengths are assumed
+    learned: int = 0  #: tokens of the task that are predicted in that micro-batch
+    rows_per_epoch: int | None = None
+    tokens_per_epoch: int | None = None  #: of the first epoch as the sampler draws it, without padding
+    tokens_per_step: float | None = None  #: over all ranks, without padding
+    steps_per_epoch: int | None = None  #: of these rows
+    missing: str | None = None  #: why lengths are assumed
 
 
 def survey(config: Config, ranks: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Workload]:
@@ -81,15 +81,8 @@ def _survey_one(
     if known["missing"]:
         rows = min(section.micro_batch_size, size // ranks)
         one = ((rows, section.max_length),)
-        return Workload(
-            **known,
-            shapes=one if name == "task" else one * 2,
-            learned=rows * (section.max_length - 1) if name == "task" else 0,
-            rows_per_epoch=None,
-            tokens_per_epoch=None,
-            tokens_per_step=None,
-            steps_per_epoch=None,
-        )
+        learned = rows * (section.max_length - 1)
+        return Workload(**known, shapes=one, learned=learned) if name == "task" else Workload(**known, shapes=one * 2)
     # one objective at a time, and without dev rows: they need no more memory than these
     alone = config.model_copy(update={"task": None, "alignment": None, name: section.model_copy(update={"dev": []})})
     dataset = load_dataset(alone, tokenizer)

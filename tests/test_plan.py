@@ -78,14 +78,15 @@ def test_model_states_are_what_deepspeed_holds(ranks, settings, tmp_path, stage,
     states = planned(settings, ranks=2)["memory"]["phases"]["task pass"]
     expected = states["parameters"] + states["gradients"] + states["optimizer"]
     held = max(ranks(2).run(bytes_that_an_engine_holds, settings, zero))
-    assert expected == pytest.approx(held, rel=0.05)
+    largest = 400 * 32 * (4 if precision == "fp32" else 2)  # such a tensor of an earlier engine may come and go
+    assert expected == pytest.approx(held, rel=0.01, abs=1.1 * largest)
 
 
 # --------------------------------------------------------------------------------------------------------- activations
 
 
 def allocations(run) -> tuple[int, int]:
-    """Bytes allocated by `run` and not freed by its end, and the most at any time, as torch's allocator reports them."""
+    """Bytes allocated by `run` and not freed by its end, and the most at any time, as torch's profiler counts them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = run()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())

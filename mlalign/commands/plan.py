@@ -125,7 +125,8 @@ def sbatch_lines(ranks: int, gpus_per_node: int, seconds: float | None, cuda: bo
     nodes = math.ceil(ranks / gpus_per_node)
     if ranks % nodes:
         raise UserError(
-            f"--ranks {ranks} cannot be spread evenly over nodes of {gpus_per_node}: take a multiple, or --gpus-per-node"
+            f"--ranks {ranks} cannot be spread evenly over nodes of {gpus_per_node}: take a multiple, or "
+            "another --gpus-per-node"
         )
     flags = [f"--nodes={nodes}", f"--ntasks-per-node={ranks // nodes}"]
     if cuda:
