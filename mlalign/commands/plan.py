@@ -9,6 +9,7 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,7 +158,8 @@ def _show(result: dict[str, Any], settings: Settings) -> None:
         where = "of them in" if run["device"] == "cpu" else "and, offloaded,"
         say(f"{where} {_size(sum(memory['host'].values()))} of host memory per rank")
     if result["measured"]:
-        say(f"measured in {settings.measure} steps on rank 0: {_size(result['measured']['memory'])}")
+        of = "its process, libraries included" if run["device"] == "cpu" else "tensors"
+        say(f"measured in {settings.measure} steps on rank 0: {_size(result['measured']['memory'])} of {of}")
     say(f"disk: {_size(disk['checkpoint'])} a checkpoint, best and latest are kept; result {_size(disk['result'])}")
     say(_time_line(run["steps"], result["time"]))
     if "advice" in result:
@@ -228,8 +230,8 @@ def _time_line(steps: int | None, time: dict[str, Any]) -> str:
     line += f", {time['tokens']:,} tokens"
     if time["wall_seconds"] is None:
         return f"{line}; --tokens-per-second N or --measure N says how long that is"
-    hours = time["wall_seconds"] / 3600
-    return f"{line}, {hours:,.1f} h at {time['tokens_per_second']:,.0f} tokens a second, evaluations not counted"
+    wall = timedelta(seconds=round(time["wall_seconds"]))
+    return f"{line}, {wall} at {time['tokens_per_second']:,.0f} tokens a second, evaluations not counted"
 
 
 def _size(size: float) -> str:
