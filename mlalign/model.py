@@ -217,6 +217,20 @@ def resolve_layer(layer: int | str, depth: int) -> int:
     return layer
 
 
+def checked_layer(config: Config) -> int:
+    """The alignment layer, the whole depth where nothing is aligned; from the model's config, without its weights.
+
+    Raises UserError for a layer that the model does not have, and for rows longer than its positions.
+    """
+    settings = load_model_config(config.model).get_text_config()
+    positions = getattr(settings, "max_position_embeddings", None) or math.inf
+    for name, section in (("task", config.task), ("alignment", config.alignment)):
+        if section is not None and section.max_length > positions:
+            raise UserError(f"{name}.max_length is {section.max_length}, but the model has {positions} positions")
+    depth = settings.num_hidden_layers
+    return resolve_layer(config.alignment.layer, depth) if config.alignment else depth
+
+
 class AlignedModel(nn.Module):
     """A causal LM and the truncated view of it, behind the single forward that the engine needs."""
 

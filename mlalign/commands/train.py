@@ -65,10 +65,10 @@ def train(config: Config) -> None:
     distributed.init()
     engine_config = model.engine_config(config, read_deepspeed(config.deepspeed))
     run_dir = Path(config.run_dir)
-    _check_batch_sizes(config)
+    config.check_ranks(distributed.world_size())
     open_run(config, run_dir)
     tokenizer = model.load_tokenizer(config.model)
-    layer = _checked_layer(config)
+    layer = model.checked_layer(config)
     dataset = load_dataset(config, tokenizer)
     _say_counts(dataset)
 
@@ -224,32 +224,6 @@ def _make_engine(config: Config, engine_config: dict[str, Any], layer: int):
     groups = model.parameter_groups(aligned, config.optimizer.weight_decay)
     optimizer = model.make_optimizer(config, groups, engine_config)
     return model.make_engine(aligned, optimizer, engine_config)
-
-
-def _check_batch_sizes(config: Config) -> None:
-    for name, section in (("task", config.task), ("alignment", config.alignment)):
-        if section is not None and section.batch_size % distributed.world_size():
-            raise UserError(
-                f"{name}.batch_size is {section.batch_size}, which {distributed.world_size()} ranks cannot share evenly"
-            )
-    if config.alignment and config.alignment.negatives == "local":
-        share, size = config.alignment.batch_size // distributed.world_size(), config.alignment.micro_batch_size
-        if 1 in (share, size, share % size):
-            raise UserError(
-                f"alignment.batch_size {config.alignment.batch_size} is {share} pairs per rank, {size} at a time: that "
-                "leaves a micro-batch of one pair, which has no local negatives"
-            )
-
-
-def _checked_layer(config: Config) -> int:
-    """The alignment layer (the whole depth where nothing is aligned), checked before the weights are loaded."""
-    settings = model.load_model_config(config.model).get_text_config()
-    positions = getattr(settings, "max_position_embeddings", None) or math.inf
-    for name, section in (("task", config.task), ("alignment", config.alignment)):
-        if section is not None and section.max_length > positions:
-            raise UserError(f"{name}.max_length is {section.max_length}, but the model has {positions} positions")
-    depth = settings.num_hidden_layers
-    return model.resolve_layer(config.alignment.layer, depth) if config.alignment else depth
 
 
 def _say_counts(dataset: Dataset) -> None:
