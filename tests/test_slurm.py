@@ -14,10 +14,12 @@ import pytest
 from cluster import slurm
 from omegaconf import OmegaConf
 
+from mlalign import kernels
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-#: Kernels that other tests have compiled are taken from where torch keeps them, for a node compiles them in minutes.
-COMPILED = f"$HOME/.cache/torch_extensions/py3{sys.version_info.minor}_cpu"
+#: Kernels are taken from where other tests have compiled them, for a node of its own would take a minute.
+COMPILED = kernels.state("ShareMemCommBuilder").folder.parent
 SITE = f"NODES=2\nTASKS_PER_NODE=2\nWARNING=30\nexport DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR={COMPILED}\n"
 
 
