@@ -39,6 +39,7 @@ setup(
         "py3langid>=0.4,<0.5",
         "sacrebleu>=2.6,<2.7",  # its statistics of sentences are private, see tasks/translation.py
         "seqeval>=1.2.2,<2",
+        "packaging>=24",
         "ninja>=1.13,<2",  # builds DeepSpeed's CPU ops on first use
     ],
     extras_require={

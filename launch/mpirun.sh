@@ -3,7 +3,7 @@
 # One process per GPU of this host on every host; NPROC=2 chooses the number per host. Repeat the command to resume.
 # MPIRUN_FLAGS adds your own, such as "--hostfile hosts" or "--mca btl_tcp_if_include ib0".
 set -euo pipefail
-case ${1:-} in train | evaluate | probe | merge | plan) verb=$1 && shift ;; *) verb=train ;; esac
+case ${1:-} in train | doctor | evaluate | probe | merge | plan) verb=$1 && shift ;; *) verb=train ;; esac
 nproc=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 hosts=${SLURM_JOB_NUM_NODES:-1}

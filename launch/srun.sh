@@ -2,7 +2,7 @@
 # mlalign inside a Slurm allocation: launch/srun.sh CONFIG [a.b=c ...] trains, launch/srun.sh probe, evaluate, merge and plan likewise.
 # One task per GPU (NPROC=2 tasks per node chooses another number). slurm/*.sbatch are whole jobs around it.
 set -euo pipefail
-case ${1:-} in train | evaluate | probe | merge | plan) verb=$1 && shift ;; *) verb=train ;; esac
+case ${1:-} in train | doctor | evaluate | probe | merge | plan) verb=$1 && shift ;; *) verb=train ;; esac
 : "${SLURM_JOB_ID:?launch/srun.sh runs inside a Slurm job: use sbatch slurm/train.sbatch, or salloc first}"
 nproc=${NPROC:-${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}

@@ -2,7 +2,7 @@
 # mlalign on this machine: launch/torchrun.sh CONFIG [a.b=c ...] trains, launch/torchrun.sh probe, evaluate, merge and plan likewise.
 # Uses all GPUs; NPROC=2 chooses a number, and is needed where there is none. Repeat the command to resume.
 set -euo pipefail
-case ${1:-} in train | evaluate | probe | merge | plan) verb=$1 && shift ;; *) verb=train ;; esac
+case ${1:-} in train | doctor | evaluate | probe | merge | plan) verb=$1 && shift ;; *) verb=train ;; esac
 nproc=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec torchrun --standalone --nproc-per-node "$nproc" -m mlalign "$verb" "$@"

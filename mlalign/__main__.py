@@ -49,6 +49,20 @@ def inspect(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def doctor(
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A recipe: is there what it needs?")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Say whether training can start here, and what to do if not; under a launcher, on all ranks together."""
+    from mlalign.config import load
+
+    settings = load(config, overrides or []) if config else None
+    from mlalign.commands.doctor import doctor
+
+    doctor(settings)
+
+
+@app.command()
 def evaluate(
     output: Annotated[Path, typer.Option(help="Directory for the report and the predictions.")],
     task: Annotated[str, typer.Option(help="slot_filling, translation, json_extraction or items.")],

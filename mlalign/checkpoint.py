@@ -93,9 +93,12 @@ def load(engine, run_dir: Path, name: str) -> tuple[dict[str, Any], dict[str, An
     """
     folder = run_dir / "checkpoints"
     state = json.loads((folder / name / "state.json").read_text())
-    for key, now in (("world_size", distributed.world_size()), ("zero_stage", engine.zero_optimization_stage())):
-        if state[key] != now:
-            raise UserError(f"{folder / name} was saved with {key} {state[key]}, not {now}: resume with the same")
+    ranks, stage = distributed.world_size(), engine.zero_optimization_stage()
+    if (state["world_size"], state["zero_stage"]) != (ranks, stage):
+        saved = f"{state['world_size']} ranks and ZeRO-{state['zero_stage']}"
+        raise UserError(
+            f"{folder / name} was saved by {saved}, this run has {ranks} and ZeRO-{stage}: resume with {saved}"
+        )
     frozen = any(not p.requires_grad for p in engine.module.parameters())
     found, _ = engine.load_checkpoint(str(folder), tag=name, load_module_strict=not frozen)
     if found is None:

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from yaml import YAMLError
 
+from mlalign import kernels
 from mlalign.errors import UserError
 
 
@@ -174,6 +175,19 @@ class Config(BaseModel, extra="forbid"):
             raise ValueError("alignment.micro_batch_size is 1 with local negatives: a single pair has no negatives")
         return self
 
+    def check_ranks(self, ranks: int) -> None:
+        """Raises UserError where so many ranks cannot share the batches evenly."""
+        for name, section in (("task", self.task), ("alignment", self.alignment)):
+            if section is not None and section.batch_size % ranks:
+                raise UserError(f"{name}.batch_size is {section.batch_size}, which {ranks} ranks cannot share evenly")
+        if self.alignment and self.alignment.negatives == "local":
+            share, size = self.alignment.batch_size // ranks, self.alignment.micro_batch_size
+            if 1 in (share, size, share % size):
+                raise UserError(
+                    f"alignment.batch_size {self.alignment.batch_size} is {share} pairs per rank, {size} at a time: "
+                    "that leaves a micro-batch of one pair, which has no local negatives"
+                )
+
     def differences(self, other: "Config") -> list[str]:
         """Dotted keys whose values differ, apart from those that do not change the result."""
         mine, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
@@ -284,6 +298,7 @@ def read_deepspeed(name: str | None) -> dict[str, Any]:
 
 def _check_zero(settings: dict[str, Any], path: Path) -> None:
     """DeepSpeed's own check of the ZeRO section, before the weights are loaded and not after."""
+    kernels.prepare()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # here: it takes a second
 
     try:

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -39,10 +39,11 @@ def init() -> None:
         torch.cuda.set_device(_device_index(place))
     _join(place)
 
+    kernels.load("ShareMemCommBuilder")
     import deepspeed  # here: it takes seconds, and commands that need no engine should not pay for it
 
-    kernels.load("ShareMemCommBuilder")
-    deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False)
+    with redirect_stdout(None):  # it prints what it has loaded
+        deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False)
 
 
 def launched() -> bool:

@@ -6,11 +6,42 @@ meanwhile leaves it behind, and whoever comes next waits for ever, without a wor
 """
 
 import fcntl
+import hashlib
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import _get_build_directory, get_cxx_compiler, get_default_build_root, is_ninja_available
+
+
+@dataclass(frozen=True)
+class State:
+    """Whether a kernel can be loaded at once."""
+
+    name: str
+    folder: Path  #: where it is compiled
+    ready: bool
+    missing: str | None  #: the program that compiling it would need
+
+
+def prepare() -> None:
+    """Before DeepSpeed is imported: where it compiles, what it compiles with, and that there is no GPU.
+
+    Each environment has a folder of its own, unless TORCH_EXTENSIONS_DIR is set: in the one that torch has for a user,
+    whoever comes from another environment compiles everything anew.
+    """
+    environment = hashlib.blake2b(f"{sys.prefix} {torch.__version__}".encode(), digest_size=4).hexdigest()
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(get_default_build_root(), f"mlalign-{environment}"))
+    if not is_ninja_available():  # the wheel's lies beside python, which is on PATH in an activated environment only
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it warns of having to find that out
 
 
 def load(builder: str) -> None:
@@ -18,9 +49,9 @@ def load(builder: str) -> None:
 
     DeepSpeed finds it loaded from then on. Does nothing where the accelerator has no such kernel.
     """
-    import deepspeed
+    prepare()
+    import deepspeed  # here: it takes seconds
     from deepspeed.accelerator import get_accelerator
-    from torch.utils.cpp_extension import _get_build_directory
 
     op = get_accelerator().create_op_builder(builder)
     if op is None or not deepspeed.ops.__compatible_ops__.get(op.NAME, False):
@@ -31,6 +62,20 @@ def load(builder: str) -> None:
         if locked and left.exists() and not _is_open(left):
             left.unlink(missing_ok=True)
         op.load(verbose=False)
+
+
+def state(builder: str) -> State:
+    """What `load` would find. Nothing is compiled."""
+    prepare()
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import installed_ops
+
+    name = get_accelerator().create_op_builder(builder).name
+    folder = Path(_get_build_directory(name, False))
+    ready = bool(installed_ops.get(name)) or (folder / f"{name}.so").exists()
+    programs = {get_cxx_compiler(): shutil.which(get_cxx_compiler()), "ninja": is_ninja_available()}
+    missing = next((program for program, found in programs.items() if not found), None)
+    return State(name, folder, ready, None if ready else missing)
 
 
 @contextmanager

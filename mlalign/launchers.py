@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mlalign.errors import UserError
 
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Place:
 
 def started_together(environment: Mapping[str, str] = os.environ) -> int:
     """How many processes the launcher started, as far as the environment says; 1 where there is no launcher."""
-    for name in ("WORLD_SIZE", *_MPI_SIZES):
+    for name in ("WORLD_SIZE", *MPI_SIZES):
         if name in environment:
             return _number(environment, name)
     return _slurm_tasks(environment)
@@ -42,7 +42,7 @@ def discover(environment: Mapping[str, str] = os.environ) -> Place:
     """
     if "RANK" in environment:
         return _from_torch(environment)
-    mpi = next((name for name in _MPI_SIZES if name in environment), None)
+    mpi = next((name for name in MPI_SIZES if name in environment), None)
     if mpi is not None and _number(environment, mpi) > 1:
         return _from_mpi(environment, mpi)
     if _slurm_tasks(environment) > 1:
@@ -72,7 +72,7 @@ def _from_torch(environment: Mapping[str, str]) -> Place:
     rank, size, local = (_number(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if not rank < size:
         raise UserError(f"RANK is {rank}, but WORLD_SIZE is {size}: unset both, or start through a script in launch/")
-    others = {name: _number(environment, name) for name in _MPI_SIZES if name in environment}
+    others = {name: _number(environment, name) for name in MPI_SIZES if name in environment}
     others["SLURM_STEP_NUM_TASKS"] = _slurm_tasks(environment)
     for name, tasks in others.items():
         if tasks > size:

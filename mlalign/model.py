@@ -9,6 +9,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ _NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises UserError where there is none."""
+    _refuse_missing(settings.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
     except Exception as error:  # transformers raises many kinds
@@ -46,10 +48,17 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
 
 def load_model_config(settings: Model):
     """The model's transformers config, without its weights. Raises UserError where there is none."""
+    _refuse_missing(settings.path)
     try:
         return AutoConfig.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
     except Exception as error:
         raise UserError(f"model.path {settings.path}: no model could be loaded: {_first_line(error)}") from error
+
+
+def _refuse_missing(path: str) -> None:
+    """What looks like a path would be taken for a hub id by transformers, and its sentence would be about that."""
+    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise UserError(f"model.path {path} is no directory: name a model's directory, or a hub id")
 
 
 def precision_dtype(precision: str) -> torch.dtype:
@@ -218,9 +227,9 @@ def resolve_layer(layer: int | str, depth: int) -> int:
 
 
 def checked_layer(config: Config) -> int:
-    """The alignment layer (the whole depth where nothing is aligned), known before the weights are loaded.
+    """The alignment layer, the whole depth where nothing is aligned; from the model's config, without its weights.
 
-    Raises UserError for a layer, or a max_length, that the model does not have.
+    Raises UserError for a layer that the model does not have, and for rows longer than its positions.
     """
     settings = load_model_config(config.model).get_text_config()
     positions = getattr(settings, "max_position_embeddings", None) or math.inf

@@ -7,7 +7,6 @@ import torch
 from transformers import get_scheduler
 
 from mlalign.config import Config, Interleave
-from mlalign.errors import UserError
 
 
 class Batch(NamedTuple):
@@ -62,17 +61,3 @@ def lr_factor(config: Config, steps: int) -> Callable[[int], float]:
     if name == "constant":
         name = "constant_with_warmup"
     return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
-
-
-def check_batch_sizes(config: Config, ranks: int) -> None:
-    """Raise UserError where so many ranks cannot share a batch evenly, or a pair would be left without negatives."""
-    for name, section in (("task", config.task), ("alignment", config.alignment)):
-        if section is not None and section.batch_size % ranks:
-            raise UserError(f"{name}.batch_size is {section.batch_size}, which {ranks} ranks cannot share evenly")
-    if config.alignment and config.alignment.negatives == "local":
-        share, size = config.alignment.batch_size // ranks, config.alignment.micro_batch_size
-        if 1 in (share, size, share % size):
-            raise UserError(
-                f"alignment.batch_size {config.alignment.batch_size} is {share} pairs per rank, {size} at a time: that "
-                "leaves a micro-batch of one pair, which has no local negatives"
-            )

@@ -1,6 +1,6 @@
 # What every job does around its `srun`: environment, signals, starting again. Sourced by the .sbatch files.
 #
-#     run_job VERB ARGS...      mlalign VERB ARGS on one task per GPU of the allocation
+#     run_job VERB ARGS...      mlalign doctor, then mlalign VERB ARGS, on one task per GPU of the allocation
 #
 # The job's directory, $LOG_DIR/<name>-<job id>, holds rank-N.log, and what the ranks leave there (see mlalign/jobs.py):
 # `stopped` after a signal, `error-rank-N` after a mistake, `progress` after every save.
@@ -27,24 +27,36 @@ run_job() {
         *) say "CONTAINER_RUNTIME is $CONTAINER_RUNTIME, expected none, pyxis or apptainer" && exit 2 ;;
     esac
     say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)): mlalign $verb $* on $SLURM_JOB_NODELIST; logs in $dir"
-    "${command[@]}" python -m mlalign "$verb" "${STAGED[@]}" &
-    step=$!
-    trap 'say "warned by USR1: stopping after the step that runs"; kill -USR1 $step' USR1
-    trap 'kill -TERM $step' TERM
-    # A trapped signal ends `wait`, not srun: wait again until it is gone.
-    while wait $step && rc=0 || rc=$?; kill -0 $step 2>/dev/null; do :; done
-    wait $step && rc=0 || rc=$? # its own exit code, where the signal came with its end
+    local inputs=() warned=
+    [ "$verb" != train ] || inputs=("${STAGED[@]}")
+    rc=0
+    [ "${DOCTOR:-yes}" = no ] || run_step doctor "${inputs[@]}"
+    [ $rc -ne 0 ] || [ -e "$dir/stopped" ] || run_step "$verb" "${STAGED[@]}"
+    unstage
     if [ -e "$dir/stopped" ]; then
         again "stopped by a signal, all is saved"
     elif compgen -G "$dir/error-rank-*" >/dev/null; then
         say "not started again, something is to be mended first: $(head -qn1 "$dir"/error-rank-* | head -1)"
         exit 2
+    elif [ $rc -ne 0 ] && [ -n "$warned" ]; then
+        again "stopped by a signal before it had begun"
     elif [ $rc -ne 0 ]; then
         after_crash $rc
     else
         rm -f "$dir/progress" "$dir/crashes"
         say "done"
     fi
+}
+
+# mlalign ARGS... on all tasks, with signals passed on; its exit code is in rc.
+run_step() {
+    "${command[@]}" python -m mlalign "$@" &
+    step=$!
+    trap 'say "warned by USR1: stopping after the step that runs"; warned=yes; kill -USR1 $step' USR1
+    trap 'warned=yes; kill -TERM $step' TERM
+    # A trapped signal ends `wait`, not srun: wait again until it is gone.
+    while wait $step && rc=0 || rc=$?; kill -0 $step 2>/dev/null; do :; done
+    wait $step && rc=0 || rc=$? # its own exit code, where the signal came with its end
 }
 
 prepare_environment() {
@@ -58,7 +70,8 @@ prepare_environment() {
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${LOCAL_DIR:-/tmp}/mlalign-$(id -un)/triton}
     export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-${LOCAL_DIR:-/tmp}/mlalign-$(id -un)/extensions}
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1)
-    export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+    # Another port after a restart, lest one that is taken stop the job for good.
+    export MASTER_ADDR MASTER_PORT=$((20000 + (SLURM_JOB_ID + 101 * ${SLURM_RESTART_COUNT:-0}) % 10000))
 }
 
 # Copies STAGE_DIR to LOCAL_DIR on every node and puts the copy's path in place of it in the arguments.
@@ -69,6 +82,11 @@ stage() {
     say "staging $STAGE_DIR to $copy"
     srun --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" bash -c 'mkdir -p "$1" && cp -a "$0/." "$1"' "$STAGE_DIR" "$copy"
     STAGED=("${@//$STAGE_DIR/$copy}")
+}
+
+# The next attempt may get other nodes.
+unstage() {
+    [ -z "${STAGE_DIR:-}" ] || srun --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" rm -rf "$LOCAL_DIR/mlalign-$SLURM_JOB_ID" || :
 }
 
 # Starts the job again, unless it is being cancelled or Slurm requeues it by itself.
@@ -90,9 +108,9 @@ again() {
 
 # A rank was killed, or a node went away: start again, but not for ever and not where nothing moves.
 after_crash() {
-    local dir=$MLALIGN_JOB_DIR progress count
+    local dir=$MLALIGN_JOB_DIR progress count=0
     progress=$(cat "$dir/progress" 2>/dev/null || echo nothing)
-    count=$(wc -l <"$dir/crashes" 2>/dev/null || echo 0)
+    [ ! -e "$dir/crashes" ] || count=$(wc -l <"$dir/crashes")
     if [ "$count" -gt 0 ] && [ "$(tail -1 "$dir/crashes")" = "$progress" ]; then
         say "crashed with exit code $1, twice after the same save ($progress): not started again, see $dir/rank-*.log"
         exit "$1"

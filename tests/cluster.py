@@ -50,6 +50,7 @@ SlurmdTimeout=10
 KillWait=20
 InactiveLimit=0
 MinJobAge=3600
+FirstJobId={job}
 JobRequeue=1
 MailProg=/bin/true
 {nodes}
@@ -96,7 +97,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
         for number, name in enumerate(NODES)
     ]
     conf = folder / "etc" / "slurm.conf"
-    conf.write_text(CONF.format(folder=folder, port=port, nodes="\n".join(lines), names=",".join(NODES)))
+    conf.write_text(CONF.format(folder=folder, port=port, job=port, nodes="\n".join(lines), names=",".join(NODES)))
     (folder / "munge" / "key").write_bytes(os.urandom(128))
     (folder / "munge" / "key").chmod(0o400)
     environment = alone_in_the_world() | {"SLURM_CONF": str(conf)}

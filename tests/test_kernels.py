@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from conftest import alone_in_the_world
-from torch.utils.cpp_extension import _get_build_directory
+
+from mlalign import kernels
 
 LOAD = "from mlalign import kernels; kernels.load('ShareMemCommBuilder'); print('loaded')"
 
@@ -26,7 +27,7 @@ def loading() -> subprocess.Popen:
 def lock() -> Path:
     """Where torch's lock lies beside a kernel that is compiled."""
     assert "loaded" in loading().communicate(timeout=300)[0]
-    return Path(_get_build_directory("deepspeed_shm_comm", False)) / "lock"
+    return kernels.state("ShareMemCommBuilder").folder / "lock"
 
 
 def test_a_lock_left_by_a_killed_process_holds_nobody_up(lock):

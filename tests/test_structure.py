@@ -15,7 +15,7 @@ LAYERS = [
     {"config", "distributed", "tasks", "tasks.slot_filling", "tasks.translation", "scoring"},
     {"tracker", "rundir", "schedule", "rows", "tasks.items", "tasks.json_extraction", "memory"},
     {"data", "sampler", "model", "checkpoint", "merging", "predictions", "corpora.item"},
-    {"objectives", "dataset", "parallel", "generation", "report", "comet", "sieve"}
+    {"objectives", "dataset", "parallel", "checks", "generation", "report", "comet", "sieve"}
     | {f"corpora.{name}" for name in ("massive", "translation", "uner", "bitext", "against")},
     {"evaluation", "states", "probe_report", "workload"},
     {"probe_show", "activations"},

@@ -324,7 +324,7 @@ def test_a_run_directory_of_another_config_or_layout_is_refused(ranks, settings)
     (message,) = ranks(1).run(failure, settings, "optimizer.lr=1e-5", "seed=2")
     assert "belongs to a run with another config (different: optimizer.lr, seed)" in message
     for message in ranks(2).run(failure, settings):
-        assert "saved with world_size 1, not 2" in message
+        assert "was saved by 1 ranks and ZeRO-0, this run has 2 and ZeRO-0: resume with 1 ranks and ZeRO-0" in message
 
 
 def test_data_that_changed_between_start_and_resume_is_refused(ranks, settings, rows, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from mlalign import distributed, launchers, model, schedule
+from mlalign import distributed, launchers, model
 from mlalign.commands import train
 from mlalign.config import Config, read_deepspeed
 from mlalign.errors import UserError
@@ -77,7 +77,7 @@ def _job(config: Config, settings: Settings) -> tuple[Job, str]:
             f"launch/ on the machines that are meant, or leave out {'--ranks' if ranks != here else '--device'}"
         )
     zero = read_deepspeed(config.deepspeed)["zero_optimization"]
-    schedule.check_batch_sizes(config, ranks)
+    config.check_ranks(ranks)
     tokenizer = model.load_tokenizer(config.model)
     layer = model.checked_layer(config)
     workloads = survey(config, ranks, tokenizer)

@@ -65,7 +65,7 @@ def train(config: Config) -> None:
     distributed.init()
     engine_config = model.engine_config(config, read_deepspeed(config.deepspeed))
     run_dir = Path(config.run_dir)
-    schedule.check_batch_sizes(config, distributed.world_size())
+    config.check_ranks(distributed.world_size())
     open_run(config, run_dir)
     tokenizer = model.load_tokenizer(config.model)
     layer = model.checked_layer(config)
