@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from mlalign import model
 from mlalign.config import Alignment, Config
 from mlalign.errors import UserError
+from mlalign.head import fuse_head
 from mlalign.loss import info_nce, same_text
 from mlalign.memory import Pass
 from mlalign.workload import Shapes
@@ -73,6 +74,7 @@ def on_paper(config: Config, layer: int, dtype: torch.dtype) -> PaperModel:
     with torch.device("meta"):
         whole = model.add_lora(lm, config.lora) if config.lora else lm
     aligned = model.AlignedModel(whole, layer, config.alignment.pooling if config.alignment else "mean").train()
+    aligned.fused = fuse_head(whole)  # whether the model's logits are plain is not known here, and taken for granted
     fake = FakeTensorMode()
     with fake:
         _fake_parameters(aligned)
@@ -171,15 +173,12 @@ def _linear_of_zero3(zero3: bool) -> Iterator[None]:
 
 
 def task_pass(paper: PaperModel, shapes: Shapes, learned: int, zero3: bool = False) -> Pass:
-    """A task micro-batch of one shape, rows x positions, of which `learned` are predicted (`loss.token_nll`)."""
+    """A task micro-batch of one shape, rows x positions, of which `learned` are predicted."""
     ((rows, tokens),) = shapes
 
     def forward() -> torch.Tensor:
-        logits = paper.aligned.lm(**_inputs(rows, tokens), use_cache=False).logits
-        row, position = (torch.zeros(learned, dtype=torch.int64) for _ in range(2))
-        # As in token_nll; by index, because a mask has no known number of entries on fake tensors.
-        chosen = logits[:, :-1][row, position].float()
-        return F.cross_entropy(chosen, torch.zeros(learned, dtype=torch.int64), reduction="sum")
+        chosen = {name: torch.zeros(learned, dtype=torch.int64) for name in ("positions", "targets")}
+        return paper.aligned(task=_inputs(rows, tokens) | chosen)
 
     return _run(paper, forward, zero3)
 

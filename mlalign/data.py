@@ -375,9 +375,13 @@ def collate_ids(rows: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
 
 
 def collate_task(batch: list[TaskExample], pad: int) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, each [rows, tokens]. Labels never depend on the padding id."""
-    labels = _padded([example.labels for example in batch], IGNORED)
-    return collate_ids([example.ids for example in batch], pad) | {"labels": labels}
+    """`input_ids` and `attention_mask`, [rows, tokens], and for each learned token, [learned]: `targets`, its id, and
+    `positions`, where in the flattened rows the state is that predicts it. None of it depends on the padding id."""
+    inputs = collate_ids([example.ids for example in batch], pad)
+    predicted = _padded([example.labels[1:] for example in batch], IGNORED)
+    row, column = (predicted != IGNORED).nonzero(as_tuple=True)
+    positions = row * inputs["input_ids"].shape[1] + column
+    return inputs | {"positions": positions, "targets": predicted[row, column]}
 
 
 def collate_bitext(batch: list[Pair], pad: int, one_pass: bool) -> list[dict[str, torch.Tensor]]:

@@ -6,16 +6,73 @@ import torch.nn.functional as F
 IGNORED = -100  #: label of a token that is not learned
 
 
-def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of -log p(token) over the learned tokens, in fp32; 0 where there are none.
+#: Logits that exist at once in `head_nll`: 128 MiB in fp32.
+_LOGITS = 2**25
 
-    Args: logits [rows, tokens, vocabulary], position t predicts token t + 1; labels [rows, tokens], `IGNORED` where a
-    token is not learned.
+
+def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of -log p(target), in fp32; 0 where there are none.
+
+    Args: logits [learned, vocabulary]; targets [learned], token ids.
     Returns: a scalar, in nats.
     """
-    targets = labels[:, 1:]
-    learned = targets != IGNORED
-    return F.cross_entropy(logits[:, :-1][learned].float(), targets[learned], reduction="sum")
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def head_nll(
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> torch.Tensor:
+    """`token_nll` of the logits states @ weight.T + bias, a block of rows at a time: at most 128 MiB of them exist.
+
+    The gradient with respect to logits is softmax - onehot, so that each block's part of it is known as soon as its
+    loss is: nothing is computed twice (as in Liger Kernel, Hsu et al. 2024, section 3.2).
+
+    Args: states [learned, hidden]; weight [vocabulary, hidden]; bias [vocabulary] or None; targets [learned].
+    Returns: a scalar, in nats.
+    """
+    return _HeadNLL.apply(states, weight, bias, targets, torch.is_grad_enabled())
+
+
+class _HeadNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states, weight, bias, targets, with_gradient: bool) -> torch.Tensor:
+        wanted = [with_gradient and needed for needed in ctx.needs_input_grad[:3]]
+        rows = max(1, _LOGITS // len(weight))
+        several = len(states) > rows  # then what each block adds to is kept in fp32
+        ctx.gradients = [
+            torch.zeros_like(of, dtype=torch.float32 if several and of is not states else of.dtype) if want else None
+            for of, want in zip((states, weight, bias), wanted)
+        ]
+        of_states, of_weight, of_bias = ctx.gradients
+        total = states.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(states), rows):
+            block, target = states[start : start + rows], targets[start : start + rows, None]
+            logits = F.linear(block, weight, bias).float()
+            chosen, largest = logits.gather(1, target), logits.amax(1, keepdim=True)
+            probabilities = logits.sub_(largest).exp_()  # logsumexp would make a copy of them
+            mass = probabilities.sum(1, keepdim=True)
+            total += (largest + mass.log() - chosen).sum()
+            if not any(wanted):
+                continue
+            probabilities.div_(mass).scatter_add_(1, target, torch.full_like(mass, -1.0))
+            gradient = probabilities.to(states.dtype)
+            if of_states is not None:
+                torch.mm(gradient, weight, out=of_states[start : start + rows])
+            if of_weight is not None:
+                of_weight += gradient.T @ block
+            if of_bias is not None:
+                of_bias += gradient.sum(0)
+        ctx.dtypes = [None if of is None else of.dtype for of in (states, weight, bias)]
+        return total
+
+    @staticmethod
+    def backward(ctx, scale: torch.Tensor):
+        gradients = [
+            None if gradient is None else (gradient * scale).to(dtype)
+            for gradient, dtype in zip(ctx.gradients, ctx.dtypes)
+        ]
+        del ctx.gradients  # or they would live as long as the loss, which the caller may keep
+        return *gradients, None, None
 
 
 def same_text(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

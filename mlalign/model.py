@@ -20,7 +20,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
-from mlalign import distributed, kernels
+from mlalign import distributed, head, kernels
 from mlalign.config import Config, Lora, Model
 from mlalign.errors import UserError
 from mlalign.loss import token_nll
@@ -249,6 +249,8 @@ class AlignedModel(nn.Module):
         self.layer = layer
         self._pool = POOLERS[pooling]
         self._view = [truncated_decoder(lm, layer)]  # in a list, so that it is not registered as a submodule
+        self._decoder = [decoder_parts(lm)[0]]
+        self.fused = False  #: whether the loss comes out of the LM head: see `fuse`
 
     def forward(
         self, task: dict[str, torch.Tensor] | None = None, bitext: list[dict[str, torch.Tensor]] | None = None
@@ -259,9 +261,21 @@ class AlignedModel(nn.Module):
         Returns: the sum of token NLL (a scalar), or embeddings [2, pairs, hidden], src first, fp32.
         """
         if task is not None:
-            inputs = {name: task[name] for name in ("input_ids", "attention_mask")}
-            return token_nll(self.lm(**inputs, use_cache=False).logits, task["labels"])
+            return self._task_nll(task)
         return self._pooled(bitext)
+
+    def fuse(self) -> None:
+        """Let the LM head compute the loss, where the model's logits are its output and no more. All ranks call it."""
+        self.fused = head.is_plain(self.lm, self._decoder[0]) and head.fuse_head(self.lm)
+
+    def _task_nll(self, task: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs = {name: task[name] for name in ("input_ids", "attention_mask")}
+        if not self.fused:
+            logits = self.lm(**inputs, use_cache=False).logits
+            return token_nll(logits.flatten(0, 1)[task["positions"]], task["targets"])
+        states = self._decoder[0](**inputs, use_cache=False).last_hidden_state
+        learned = states.flatten(0, 1)[task["positions"]]
+        return self.lm.get_output_embeddings()(learned, targets=task["targets"])
 
     def _pooled(self, passes: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         states = [self._view[0](**inputs, use_cache=False).last_hidden_state for inputs in passes]
@@ -342,6 +356,7 @@ def make_engine(model: AlignedModel, optimizer: torch.optim.Optimizer, deepspeed
     if plain:
         deepspeed_config = deepspeed_config | {"gradient_clipping": 0.0}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+    model.fuse()
     if plain:
         # Without ZeRO the engine clips but keeps no norm: do both between its reduction and the optimizer's step.
         parameters = [p for p in model.parameters() if p.requires_grad]

@@ -119,12 +119,28 @@ def test_the_prompt_at_generation_is_the_masked_part_of_training(tmp_path, token
         assert example.labels[len(prompt)] != IGNORED
 
 
+def test_each_target_stands_behind_its_position(tmp_path, tokenizer):
+    examples, _ = task(
+        tmp_path, tokenizer, {"prompt": "a", "completion": " b c"}, {"prompt": "play the song", "completion": " x"}
+    )
+    batch = collate_task(examples, pad=0)
+    width = batch["input_ids"].shape[1]
+    wanted = [
+        (row * width + place - 1, label)
+        for row, example in enumerate(examples)
+        for place, label in enumerate(example.labels)
+        if place and label != IGNORED
+    ]
+    assert list(zip(batch["positions"].tolist(), batch["targets"].tolist())) == wanted
+    assert len(wanted) == sum(example.learned for example in examples)
+
+
 def test_padding_with_the_eos_id_masks_no_eos(tmp_path, tokenizer):
     examples, _ = task(
         tmp_path, tokenizer, {"prompt": "a", "completion": " b"}, {"prompt": "play the song", "completion": " x"}
     )
     batch = collate_task(examples, pad=tokenizer.eos_token_id)
-    assert (batch["labels"] == tokenizer.eos_token_id).sum() == 2
+    assert (batch["targets"] == tokenizer.eos_token_id).sum() == 2
     assert torch.equal(batch["attention_mask"].sum(1), torch.tensor([len(e) for e in examples]))
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from mlalign.config import Config
-from mlalign.loss import IGNORED, info_nce, same_text, token_nll
+from mlalign.loss import info_nce, same_text
 
 
 def unit(rows: int, hidden: int, seed: int) -> torch.Tensor:
@@ -59,16 +59,6 @@ def test_same_text_knows_repeats_of_either_side_and_of_the_id():
     for a, b in [(0, 1), (0, 2), (3, 4), (4, 5)]:  # same tgt, same src, same id, tgt of one is src of the other
         wanted[a, b] = wanted[b, a] = True
     assert torch.equal(same_text(keys, keys), wanted)
-
-
-def test_token_nll_sums_over_learned_tokens_only():
-    logits = torch.randn(2, 4, 7, dtype=torch.float64)
-    labels = torch.tensor([[IGNORED, IGNORED, 3, 5], [1, 2, IGNORED, IGNORED]])
-    p = logits.log_softmax(-1)
-    wanted = -(p[0, 1, 3] + p[0, 2, 5] + p[1, 0, 2])
-    torch.testing.assert_close(token_nll(logits, labels).double(), wanted, rtol=1e-5, atol=1e-6)
-    nothing = token_nll(logits, torch.full((2, 4), IGNORED))
-    assert nothing.item() == 0
 
 
 def gradients_in_chunks_and_in_one_graph(values: dict, zero: dict) -> float:

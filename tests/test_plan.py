@@ -112,7 +112,9 @@ def test_a_pass_allocates_what_a_real_one_does(settings, lora, checkpointing, at
     ids = torch.randint(3, 400, (6, 100))
     mask = torch.ones_like(ids)
     mask[0, 50:] = 0  # without padding transformers makes no mask, and takes less
-    task = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    positions = torch.arange(6 * 100).view(6, 100)[:, :-1].flatten()
+    task = {"input_ids": ids, "attention_mask": mask, "positions": positions, "targets": ids.flatten()[positions + 1]}
+    aligned.fuse()
     for parameter in aligned.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))

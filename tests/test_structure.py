@@ -13,7 +13,7 @@ LAYERS = [
     | {"tasks.prompts", "sifting", "corpora", "jobs", "kernels"},
     {"launchers"},
     {"config", "distributed", "tasks", "tasks.slot_filling", "tasks.translation", "scoring"},
-    {"tracker", "rundir", "schedule", "rows", "tasks.items", "tasks.json_extraction", "memory"},
+    {"tracker", "rundir", "schedule", "rows", "head", "tasks.items", "tasks.json_extraction", "memory"},
     {"data", "sampler", "model", "checkpoint", "merging", "predictions", "corpora.item"},
     {"objectives", "dataset", "parallel", "checks", "generation", "report", "comet", "sieve"}
     | {f"corpora.{name}" for name in ("massive", "translation", "uner", "bitext", "against")},
