@@ -97,7 +97,9 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
         for number, name in enumerate(NODES)
     ]
     conf = folder / "etc" / "slurm.conf"
-    conf.write_text(CONF.format(folder=folder, port=port, job=port, nodes="\n".join(lines), names=",".join(NODES)))
+    conf.write_text(
+        CONF.format(folder=folder, port=port, job=port + 500, nodes="\n".join(lines), names=",".join(NODES))
+    )
     (folder / "munge" / "key").write_bytes(os.urandom(128))
     (folder / "munge" / "key").chmod(0o400)
     environment = alone_in_the_world() | {"SLURM_CONF": str(conf)}
