@@ -53,10 +53,15 @@ def save(engine, run_dir: Path, step: int, state: dict[str, Any], own: dict[str,
 
 @contextmanager
 def _said_in_one_sentence(partial: Path) -> Iterator[None]:
-    """A full disk reaches us as many kinds of exception: name the place, and leave nothing half-written there."""
+    """A full disk reaches us as many kinds of exception: name the place, and leave nothing half-written there.
+
+    A rank that died meanwhile is no mistake of the user's, and passes as it is.
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if distributed.lost_a_rank(error):
+            raise
         shutil.rmtree(partial, ignore_errors=True)
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -96,6 +96,11 @@ def _join(place: Place) -> None:
         raise NotMetError(f"{who}: {reason}") from error
 
 
+def lost_a_rank(error: Exception) -> bool:
+    """Whether a collective failed because another rank, or the way to it, is gone. gloo has no exception of its own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def rank() -> int:
     """This process's number among all ranks; 0 where no group was started."""
     return dist.get_rank() if dist.is_initialized() else 0

@@ -186,3 +186,32 @@ def test_a_port_that_is_taken_is_one_sentence():
         port = other.getsockname()[1]
         done = join(RANK="0", MASTER_PORT=str(port))
     assert f"the port of 127.0.0.1:{port} (MASTER_ADDR and MASTER_PORT) is taken" in done.stdout
+
+
+LOSE_A_RANK = """
+import os, sys
+from pathlib import Path
+import torch
+from mlalign import checkpoint, distributed
+distributed.init()
+if distributed.rank() == 1:
+    os._exit(1)
+with checkpoint._said_in_one_sentence(Path(sys.argv[1])):
+    distributed.all_sum(torch.ones(1))
+"""
+
+
+def test_a_rank_that_dies_while_a_checkpoint_is_saved_is_no_full_disk(tmp_path):
+    """Or its job would not be started again."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}
+    first, _ = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOSE_A_RANK, str(tmp_path)],
+            env=alone_in_the_world() | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    said = first.communicate(timeout=120)[1]
+    assert "RuntimeError" in said and "UserError" not in said
