@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
 # mlalign on this machine: launch/torchrun.sh CONFIG [a.b=c ...] trains, launch/torchrun.sh probe, evaluate, merge and plan likewise.
 # Uses all GPUs; NPROC=2 chooses a number, and is needed where there is none. Repeat the command to resume.
+# On several hosts: the same command on each, with NNODES=2 MASTER_ADDR=HOST, one of them, before it.
 set -euo pipefail
 case ${1:-} in train | doctor | evaluate | probe | merge | plan) verb=$1 && shift ;; *) verb=train ;; esac
 nproc=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec torchrun --standalone --nproc-per-node "$nproc" -m mlalign "$verb" "$@"
+meeting=(--standalone)
+if [ "${NNODES:-1}" -gt 1 ]; then
+    : "${MASTER_ADDR:?NNODES=$NNODES needs MASTER_ADDR, the name of one of the hosts}"
+    meeting=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id mlalign --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}")
+fi
+exec torchrun "${meeting[@]}" --nproc-per-node "$nproc" -m mlalign "$verb" "$@"

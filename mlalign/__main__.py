@@ -13,6 +13,8 @@ from mlalign import jobs
 from mlalign.errors import NotMetError, StoppedError, UserError
 from mlalign.launchers import rank_of
 
+_GPU_DRIVERS = ("/proc/driver/nvidia/version", "/dev/dxg", "/dev/kfd")  # Linux, Windows's Linux, AMD
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, see mlalign/recipes.")]
@@ -341,6 +343,8 @@ def _codes(text: str | None) -> list[str] | None:
 
 def main() -> None:
     """Run a verb. A user's mistake is one sentence on stderr and exit code 2."""
+    if not any(map(os.path.exists, _GPU_DRIVERS)):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns of having to find that out
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch")  # of theirs to each other
     try:
         app(standalone_mode=True)

@@ -15,7 +15,6 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from yaml import YAMLError
 
-from mlalign import kernels
 from mlalign.errors import UserError
 
 
@@ -298,7 +297,6 @@ def read_deepspeed(name: str | None) -> dict[str, Any]:
 
 def _check_zero(settings: dict[str, Any], path: Path) -> None:
     """DeepSpeed's own check of the ZeRO section, before the weights are loaded and not after."""
-    kernels.prepare()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # here: it takes a second
 
     try:

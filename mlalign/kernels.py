@@ -30,8 +30,8 @@ class State:
     missing: str | None  #: the program that compiling it would need
 
 
-def prepare() -> None:
-    """Before DeepSpeed is imported: where it compiles, what it compiles with, and that there is no GPU.
+def _prepare() -> None:
+    """Before DeepSpeed is imported: where it compiles, and what it compiles with.
 
     Each environment has a folder of its own, unless TORCH_EXTENSIONS_DIR is set: in the one that torch has for a user,
     whoever comes from another environment compiles everything anew.
@@ -40,8 +40,6 @@ def prepare() -> None:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(get_default_build_root(), f"mlalign-{environment}"))
     if not is_ninja_available():  # the wheel's lies beside python, which is on PATH in an activated environment only
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it warns of having to find that out
 
 
 def load(builder: str) -> None:
@@ -49,7 +47,7 @@ def load(builder: str) -> None:
 
     DeepSpeed finds it loaded from then on. Does nothing where the accelerator has no such kernel.
     """
-    prepare()
+    _prepare()
     import deepspeed  # here: it takes seconds
     from deepspeed.accelerator import get_accelerator
 
@@ -66,7 +64,7 @@ def load(builder: str) -> None:
 
 def state(builder: str) -> State:
     """What `load` would find. Nothing is compiled."""
-    prepare()
+    _prepare()
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import installed_ops
 

@@ -100,11 +100,11 @@ def test_what_contradicts_itself_is_refused(environment, message):
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory, tiny_model, rows):
-    """losses(launcher): of two ranks that a script in launch/ started, step by step."""
+    """losses(launcher): of two ranks that a script in launch/ started, step by step; by hosts=2, one on each."""
     folder = tmp_path_factory.mktemp("launchers")
 
-    def run(launcher: str) -> list[dict]:
-        run_dir = folder / launcher
+    def run(launcher: str, hosts: int = 1) -> list[dict]:
+        run_dir = folder / f"{launcher}-{hosts}"
         settings = {
             "run_dir": str(run_dir),
             "model": {"path": str(tiny_model)},
@@ -117,12 +117,15 @@ def losses(tmp_path_factory, tiny_model, rows):
         }
         recipe = folder / f"{launcher}.yaml"
         OmegaConf.save(OmegaConf.create(settings), recipe)
-        environment = alone_in_the_world() | {"NPROC": "2", "PATH": f"{BIN}:{os.environ['PATH']}"}
-        done = subprocess.run(
-            [ROOT / "launch" / f"{launcher}.sh", recipe], env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "2 ranks, ZeRO-2" in done.stdout
+        environment = alone_in_the_world() | {"NPROC": str(2 // hosts), "PATH": f"{BIN}:{os.environ['PATH']}"}
+        if hosts > 1:
+            environment |= {"NNODES": str(hosts), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        command = [ROOT / "launch" / f"{launcher}.sh", recipe]
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started = [subprocess.Popen(command, env=environment, **output) for _ in range(hosts)]
+        said = "".join(process.communicate(timeout=300)[0] for process in started)
+        assert [process.returncode for process in started] == [0] * hosts, said
+        assert "2 ranks, ZeRO-2" in said
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         return [{name: value for name, value in line.items() if name.endswith(("loss", "norm"))} for line in lines]
 
@@ -133,6 +136,7 @@ def test_deepspeed_torchrun_and_mpirun_give_the_same_losses(losses):
     first = losses("deepspeed")
     assert len(first) == 3
     assert losses("torchrun") == first
+    assert losses("torchrun", hosts=2) == first
     assert losses("mpirun") == first
 
 
