@@ -221,7 +221,7 @@ def test_a_job_that_loses_ranks_comes_back_each_time_with_the_same_losses(cluste
         latest = run_dir / "checkpoints" / "latest"
         before = latest.read_text() if latest.exists() else None
         cluster.until(job, lambda: latest.exists() and latest.read_text() != before)  # noqa: B023
-        time.sleep(rng.random() / 2)
+        time.sleep(rng.random() / 10)
         kill_a_rank(path, rank=rng.randrange(2))
         killed = time.monotonic()
         cluster.until(job, lambda: int(cluster.state(job)["Restarts"]) > attempt)  # noqa: B023
