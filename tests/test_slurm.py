@@ -20,6 +20,7 @@ from mlalign import kernels
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+DATA = ROOT.parent / "shared" / "data"
 #: Kernels are taken from where other tests have compiled them, for a node of its own would take a minute.
 COMPILED = kernels.state("ShareMemCommBuilder").folder.parent
 SITE = f"""\
@@ -144,9 +145,23 @@ def recipe(cluster, tiny_model, rows):
     return write
 
 
+@pytest.fixture(scope="module")
+def published(cluster) -> dict[str, dict]:
+    """Sources of real rows as `mlalign prepare` makes them, where the data pack lies beside the project."""
+    if not DATA.exists():
+        return {}
+    source, prepared = cluster.folder / "massive", cluster.folder / "prepared"
+    source.mkdir()
+    for split in ("train", "dev", "test"):
+        (source / f"es-ES.{split}.jsonl").symlink_to(DATA / "massive" / f"es-ES.{split}.jsonl")
+    cluster.ask("mlalign", "prepare", "massive", source, prepared, "--format", "plain", "--max-rows", 300)
+    return {"task": {"train": f"{prepared}/train.*.jsonl"}, "alignment": {"train": f"{DATA}/tatoeba/spa-eng.jsonl"}}
+
+
 @pytest.mark.parametrize("stage", [2, 3])
-def test_training_on_two_nodes_with_two_ranks_each(cluster, recipe, stage):
-    path, run_dir = recipe(f"zero{stage}", deepspeed=f"ds_configs/zero{stage}.json", optimizer={"steps": 3})
+def test_training_on_two_nodes_with_two_ranks_each(cluster, recipe, published, stage):
+    stage_file = f"ds_configs/zero{stage}.json"
+    path, run_dir = recipe(f"zero{stage}", deepspeed=stage_file, optimizer={"steps": 3}, **published)
     job = cluster.submit("train.sbatch", path, DOCTOR="yes", TASKS_PER_NODE="2")
     assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
     assert "the same on all 4 ranks" in cluster.log(job)
