@@ -6,7 +6,9 @@ launch/deepspeed.sh recipe.yaml model.path=... run_dir=...      all GPUs of this
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +135,8 @@ def train(config: Config) -> None:
         jobs.say_stopped()
 
 
-def measure(config: Config, steps: int) -> dict[str, float]:
-    """Run so many steps after a first one, on the ranks here; nothing is written. Called by all ranks.
-
-    Returns: tokens_per_second over all ranks, and memory: the peak in bytes, of rank 0's GPU or process.
-    """
+def real_steps(config: Config) -> Iterator[Meter]:
+    """Take a real step for every item that is asked for, without end; nothing is written. Called by all ranks."""
     distributed.init()
     engine_config = model.engine_config(config, read_deepspeed(config.deepspeed))
     tokenizer = model.load_tokenizer(config.model)
@@ -145,11 +144,21 @@ def measure(config: Config, steps: int) -> dict[str, float]:
     engine = _make_engine(config, engine_config, model.checked_layer(config))
     pad, meter = pad_id(tokenizer), Meter()
     engine.train()
-    for step in range(1 + steps):
+    for step in count():
         with_task = _backward(engine, config, dataset, step, pad, meter)
         _optimizer_step(engine, config.optimizer.lr, with_task, measure=False)
-        if step == 0:  # compiles, records and allocates
-            meter.restart_clock()
+        yield meter
+
+
+def measure(config: Config, steps: int) -> dict[str, float]:
+    """Run so many steps after a first one, on the ranks here; nothing is written. Called by all ranks.
+
+    Returns: tokens_per_second over all ranks, and memory: the peak in bytes, of rank 0's GPU or process.
+    """
+    running = real_steps(config)
+    next(running).restart_clock()  # the first compiles, records and allocates
+    for _ in range(steps):
+        meter = next(running)
     values = meter.read()
     return {"tokens_per_second": values["train/tokens_per_second"], "memory": values["train/memory_gib"] * 2**30}
 
