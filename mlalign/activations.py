@@ -25,8 +25,8 @@ from mlalign import model
 from mlalign.config import Alignment, Config
 from mlalign.errors import UserError
 from mlalign.head import fuse_head
-from mlalign.loss import info_nce, same_text
 from mlalign.memory import Pass
+from mlalign.objectives import contrast
 from mlalign.workload import Shapes
 
 
@@ -204,10 +204,10 @@ def alignment_pass(
         return one
     held = 2 * 2 * pairs * chunks * paper.hidden * 4  # both sides, embeddings and gradients, fp32
 
-    def contrast() -> torch.Tensor:
+    def lose() -> torch.Tensor:
         return _contrast(torch.zeros(2, pairs * chunks, paper.hidden, requires_grad=True), copies, settings)
 
-    loss = _run(paper, contrast, zero3)
+    loss = _run(paper, lose, zero3)
     return Pass(one.saved + held, max(one.peak + held, loss.peak), one.logits, one.peak_with_gradients + held)
 
 
@@ -221,8 +221,4 @@ def _contrast(embeddings: torch.Tensor, copies: int, settings: Alignment) -> tor
     keys = torch.zeros(embeddings.shape[1], 3, dtype=torch.int64)
     rows = F.normalize(embeddings.float(), dim=-1)
     columns = rows.repeat(1, copies, 1)
-    positives = same_text(keys, keys.repeat(copies, 1))
-    loss = info_nce(rows[0], columns[1], positives, settings.temperature)
-    if settings.infonce == "symmetric":
-        loss = (loss + info_nce(rows[1], columns[0], positives, settings.temperature)) / 2
-    return loss
+    return contrast(rows, columns, keys, keys.repeat(copies, 1), 0, settings)

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from transformers.utils import is_flash_attn_2_available
 
 from mlalign import distributed, kernels, launchers, model
-from mlalign.config import Config, read_deepspeed
+from mlalign.config import Config, offloads_optimizer, read_deepspeed
 from mlalign.errors import UserError
 from mlalign.rows import is_local
 
@@ -118,8 +118,7 @@ def _attention() -> Iterator[Finding]:
 
 def _kernels(config: Config | None) -> Iterator[Finding]:
     builders = [] if distributed.uses_cuda() else ["ShareMemCommBuilder"]
-    zero = read_deepspeed(config.deepspeed if config else None)["zero_optimization"]
-    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+    if config and offloads_optimizer(read_deepspeed(config.deepspeed)):
         builders.append("CPUAdamBuilder")
     for builder in builders:
         state = kernels.state(builder)

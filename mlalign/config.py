@@ -295,6 +295,11 @@ def read_deepspeed(name: str | None) -> dict[str, Any]:
     return values
 
 
+def offloads_optimizer(deepspeed: dict[str, Any]) -> bool:
+    """Whether the ZeRO section of a DeepSpeed config puts the optimizer on the CPU or on disk."""
+    return (deepspeed["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
+
+
 def _check_zero(settings: dict[str, Any], path: Path) -> None:
     """DeepSpeed's own check of the ZeRO section, before the weights are loaded and not after."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # here: it takes a second

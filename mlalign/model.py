@@ -21,7 +21,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from mlalign import distributed, head, kernels
-from mlalign.config import Config, Lora, Model
+from mlalign.config import Config, Lora, Model, offloads_optimizer
 from mlalign.errors import UserError
 from mlalign.loss import token_nll
 from mlalign.pooling import POOLERS
@@ -333,7 +333,7 @@ def make_optimizer(config: Config, groups: list[dict[str, Any]], zero: dict[str,
     """AdamW; DeepSpeed's CPU kernel where the optimizer is offloaded, which ZeRO demands."""
     settings = config.optimizer
     arguments = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
-    if (zero["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none":
+    if offloads_optimizer(zero):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         kernels.load("CPUAdamBuilder")

@@ -107,6 +107,22 @@ def alignment_loss(embeddings: torch.Tensor, keys: torch.Tensor, settings: Align
     if settings.negatives == "global":
         columns = gather_rows_with_grad(rows.transpose(0, 1)).transpose(0, 1)
         column_keys, offset = gather_rows(keys), rank() * len(keys)
+    return contrast(rows, columns, keys, column_keys, offset, settings)
+
+
+def contrast(
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    keys: torch.Tensor,
+    column_keys: torch.Tensor,
+    offset: int,
+    settings: Alignment,
+) -> torch.Tensor:
+    """InfoNCE of rows against columns, in the directions and with the positives of `settings`.
+
+    Args: rows [2, pairs, hidden] and columns [2, candidates, hidden], of unit length, src first; keys [pairs, 3] and
+    column_keys [candidates, 3]; offset: the column of the first row. Returns: a scalar.
+    """
     positives = torch.zeros(len(keys), len(column_keys), dtype=torch.bool, device=keys.device)
     positives.diagonal(offset).fill_(True)
     if settings.positives == "id":

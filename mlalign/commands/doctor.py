@@ -142,16 +142,13 @@ def _shared_devices(reports: list[Report]) -> list[Finding]:
 
 def _shared_folder(config: Config | None) -> Finding:
     """Whether what rank 0 writes is there for the others: checkpoints need a file system that all of them see."""
-    folder = run_folder(config)
-    wanted = distributed.broadcast_object(str(folder))
-    token = Path(wanted) / f".doctor-{os.getpid()}"
-    token = Path(distributed.broadcast_object(str(token)))
+    token = Path(distributed.broadcast_object(str(run_folder(config) / f".doctor-{os.getpid()}")))
     failed = None
     if distributed.is_main():
         try:
             token.touch()
         except OSError as error:
-            failed = f"{folder} cannot be written: {error.strerror}"
+            failed = f"{token.parent} cannot be written: {error.strerror}"
     failed = distributed.broadcast_object(failed)
     if failed:
         return Finding("problem", "shared files", failed)
@@ -160,9 +157,9 @@ def _shared_folder(config: Config | None) -> Finding:
         token.unlink(missing_ok=True)
     blind = [f"rank {rank} ({host})" for rank, (there, host) in enumerate(seen) if not there]
     if blind:
-        text = f"{wanted} of rank 0 is not seen by {', '.join(blind)}"
+        text = f"{token.parent} of rank 0 is not seen by {', '.join(blind)}"
         return Finding("problem", "shared files", f"{text}: put run_dir on a file system that all hosts share")
-    return Finding("ok", "shared files", f"all ranks see {wanted}")
+    return Finding("ok", "shared files", f"all ranks see {token.parent}")
 
 
 def _clocks() -> Finding:
