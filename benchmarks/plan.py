@@ -24,10 +24,9 @@ from typing import Any
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from byte_llama import save_byte_llama
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mlalign import distributed, tracker
 from mlalign.config import Config
@@ -46,32 +45,18 @@ SHAPES = {
 CASES = {"wide": (0, False, "sdpa"), "deep": (8, False, "eager"), "words": (0, True, "sdpa")}
 
 
-def make_model(shape: str, folder: Path) -> str:
-    """A random Llama and a tokenizer of bytes."""
+def make_model(shape: str, folder: Path) -> None:
     hidden, mlp, blocks, heads, kv_heads, vocabulary, tied = SHAPES[shape]
-    words = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    bytes_ = Tokenizer(models.BPE(vocab=words, merges=[]))
-    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_.decoder = decoders.ByteLevel()
-    bytes_.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=bytes_, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder / shape)
-    settings = LlamaConfig(
+    save_byte_llama(
+        folder / shape,
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=mlp,
         num_hidden_layers=blocks,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=1024,
         tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
     )
-    LlamaForCausalLM(settings).save_pretrained(folder / shape)
-    return str(folder / shape)
 
 
 def write_rows(folder: Path, rows: int = 16) -> None:

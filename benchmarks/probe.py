@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 
 import torch
+from byte_llama import save_byte_llama
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlalign import retrieval
 from mlalign.commands.probe import Settings, probe
@@ -33,31 +33,15 @@ console = Console(width=110)
 
 
 def make_model(folder: Path, blocks: int, hidden: int) -> str:
-    """A random Llama and a tokenizer of bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    bytes_ = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_.decoder = decoders.ByteLevel()
-    bytes_.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=bytes_, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder)
     torch.manual_seed(0)
-    settings = LlamaConfig(
-        vocab_size=len(vocabulary),
+    return save_byte_llama(
+        folder,
         hidden_size=hidden,
         intermediate_size=hidden // 4,
         num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=1,
-        max_position_embeddings=1024,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
     )
-    LlamaForCausalLM(settings).save_pretrained(folder)
-    return str(folder)
 
 
 def write_text(flores: Path, folder: Path, languages: int, sentences: int, characters: int) -> Path:

@@ -22,10 +22,9 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+from byte_llama import save_byte_llama
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mlalign.commands.train import real_steps
 from mlalign.config import Config
@@ -33,37 +32,20 @@ from mlalign.dataset import load_dataset
 from mlalign.model import load_tokenizer
 
 HIDDEN, MLP, BLOCKS, VOCABULARY, ROWS = 512, 1536, 8, 32_000, 32
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": MLP,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
 VARIANTS = {
     "task": {"alignment": None, "interleave": {"ratio": "1:0"}},
     "alignment": {"task": None, "interleave": {"ratio": "0:1"}},
     "joint": {},
 }
-
-
-def make_model(folder: Path) -> str:
-    """A random Llama and a tokenizer of bytes."""
-    words = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    bytes_ = Tokenizer(models.BPE(vocab=words, merges=[]))
-    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_.decoder = decoders.ByteLevel()
-    bytes_.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=bytes_, **special).save_pretrained(folder)
-    settings = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=MLP,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(settings).save_pretrained(folder)
-    return str(folder)
 
 
 def write_rows(folder: Path) -> tuple[str, str]:
@@ -97,7 +79,7 @@ def main(task: str | None, bitext: str | None, rounds: int) -> None:
         made = write_rows(folder)
         values = {
             "run_dir": str(folder / "run"),
-            "model": {"path": make_model(folder / "model"), "precision": "fp32"},
+            "model": {"path": save_byte_llama(folder / "model", **SHAPE), "precision": "fp32"},
             "lora": {"r": 8},
             "task": {"train": task or made[0], "batch_size": ROWS, "micro_batch_size": 8},
             "alignment": {"train": bitext or made[1], "batch_size": ROWS, "micro_batch_size": ROWS},
