@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# mlalign on this machine: launch/deepspeed.sh CONFIG [a.b=c ...] trains, launch/deepspeed.sh probe, evaluate, merge and plan likewise.
+# mlalign on this machine: launch/deepspeed.sh CONFIG [a.b=c ...] trains, launch/deepspeed.sh doctor, probe, evaluate, merge and plan likewise.
 # Uses all GPUs; NPROC=2 chooses a number, and is needed where there is none. Repeat the command to resume.
 set -euo pipefail
 case ${1:-} in train | doctor | evaluate | probe | merge | plan) verb=$1 && shift ;; *) verb=train ;; esac

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# mlalign inside a Slurm allocation: launch/srun.sh CONFIG [a.b=c ...] trains, launch/srun.sh probe, evaluate, merge and plan likewise.
+# mlalign inside a Slurm allocation: launch/srun.sh CONFIG [a.b=c ...] trains, launch/srun.sh doctor, probe, evaluate, merge and plan likewise.
 # One task per GPU (NPROC=2 tasks per node chooses another number). slurm/*.sbatch are whole jobs around it.
 set -euo pipefail
 case ${1:-} in train | doctor | evaluate | probe | merge | plan) verb=$1 && shift ;; *) verb=train ;; esac

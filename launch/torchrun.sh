@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# mlalign on this machine: launch/torchrun.sh CONFIG [a.b=c ...] trains, launch/torchrun.sh probe, evaluate, merge and plan likewise.
+# mlalign on this machine: launch/torchrun.sh CONFIG [a.b=c ...] trains, launch/torchrun.sh doctor, probe, evaluate, merge and plan likewise.
 # Uses all GPUs; NPROC=2 chooses a number, and is needed where there is none. Repeat the command to resume.
 # On several hosts: the same command on each, with NNODES=2 MASTER_ADDR=HOST, one of them, before it.
 set -euo pipefail
