@@ -275,10 +275,11 @@ def test_bf16_trains_with_the_gradient_norm_of_fp32(ranks, settings, stage):
 
 
 def failure(values: dict, *overrides: str) -> str:
+    from mlalign import distributed
     from mlalign.commands.train import train
     from mlalign.config import load
 
-    path = Path(values["run_dir"]).with_suffix(".yaml")
+    path = Path(f"{values['run_dir']}.rank{distributed.rank()}.yaml")  # each its own: one writes while another reads
     OmegaConf.save(OmegaConf.create(values), path)
     try:
         train(load(path, list(overrides)))
