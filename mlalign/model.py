@@ -25,6 +25,7 @@ from mlalign.config import Config, Lora, Model, offloads_optimizer
 from mlalign.errors import UserError
 from mlalign.loss import token_nll
 from mlalign.pooling import POOLERS
+from mlalign.prefetch import keep_a_trace_per_pass
 from mlalign.tracker import say
 
 _NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
@@ -357,6 +358,7 @@ def make_engine(model: AlignedModel, optimizer: torch.optim.Optimizer, deepspeed
         deepspeed_config = deepspeed_config | {"gradient_clipping": 0.0}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
     model.fuse()
+    keep_a_trace_per_pass(engine)
     if plain:
         # Without ZeRO the engine clips but keeps no norm: do both between its reduction and the optimizer's step.
         parameters = [p for p in model.parameters() if p.requires_grad]

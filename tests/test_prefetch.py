@@ -1,0 +1,105 @@
+"""ZeRO-3's prefetch traces under a real engine on two ranks, by DeepSpeed's own counters."""
+
+import json
+
+import pytest
+from conftest import TEXT, write_jsonl
+
+STEPS = 6
+
+
+def traffic(values: dict) -> tuple[int, int, int]:
+    """Of the steps after the third: invalidated traces, gather calls, gathered elements."""
+    import torch
+    from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+    from deepspeed.runtime.zero import partitioned_param_profiler as profiler
+
+    from mlalign.commands import train
+    from mlalign.config import Config
+
+    seen = {"invalidated": 0, "calls": 0, "elements": 0}
+    invalidate = coordinator.PartitionedParameterCoordinator._invalidate_trace
+
+    def count_invalidation(self) -> None:
+        seen["invalidated"] += 1
+        invalidate(self)
+
+    def add_up(self) -> None:
+        for counter in self.event_counters.values():
+            if counter.name.endswith("all_gather"):
+                seen["calls"] += counter.count
+                seen["elements"] += counter.num_elem
+            counter.reset()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coordinator, "ENABLE_PROFILER", True)
+        patch.setattr(coordinator.PartitionedParameterCoordinator, "_invalidate_trace", count_invalidation)
+        patch.setattr(profiler.PartitionedParameterProfiler, "reset_events", add_up)
+        running = train.real_steps(Config.model_validate(values))
+        for _ in range(3):
+            next(running)
+        torch.distributed.barrier()
+        before = dict(seen)
+        for _ in range(STEPS):
+            next(running)
+        after = dict(seen)
+    return tuple(after[name] - before[name] for name in seen)
+
+
+@pytest.fixture
+def zero3(settings, tmp_path):
+    path = tmp_path / "zero3.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    settings["deepspeed"] = str(path)
+    # sides of like length, so that every batch goes in one pass: a kind of pass is recorded when it first comes
+    rows = [
+        {"src": f"{TEXT[i % 9]} {i}", "tgt": f"{i} {TEXT[i % 9]}", "src_lang": "de", "tgt_lang": "en"}
+        for i in range(48)
+    ]
+    settings["alignment"]["train"] = str(write_jsonl(tmp_path / "bitext.jsonl", rows))
+    return settings
+
+
+def only(settings: dict, objective: str) -> dict:
+    other, ratio = ("alignment", "1:0") if objective == "task" else ("task", "0:1")
+    return settings | {other: None, "interleave": {"ratio": ratio}}
+
+
+@pytest.mark.parametrize("adapters", ["lora", "full"])
+def test_a_joint_step_gathers_what_its_parts_do_and_keeps_its_traces(ranks, zero3, adapters):
+    if adapters == "full":
+        zero3["lora"] = None
+    zero3["task"]["micro_batch_size"] = 4  # one pass of each objective
+    joint, task = (ranks(2).run(traffic, values)[0] for values in (zero3, only(zero3, "task")))
+    assert joint[0] == task[0] == 0
+    parameters, lower = sizes(zero3)
+    assert task[2] <= STEPS * parameters  # each once: what the forward gathered, the backward used
+    assert joint[2] <= task[2] + STEPS * lower
+
+
+def sizes(settings: dict) -> tuple[int, int]:
+    """Elements of the whole model with its adapters, and of its first two of four blocks with the embedding."""
+    from mlalign import model
+    from mlalign.config import Config
+
+    config = Config.model_validate(settings)
+    lm = model.load_lm(config.model)
+    lm = model.add_lora(lm, config.lora) if config.lora else lm
+    aligned = model.AlignedModel(lm, 2, "mean")
+    return sum(p.numel() for p in aligned.parameters()), sum(p.numel() for p in aligned._view[0].parameters())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"interleave": {"mode": "alternate"}},
+        {"interleave": {"mode": "micro_batch", "micro_batches": 3}},
+        {"alignment": {"micro_batch_size": 2}},  # encoded without gradient first
+        {"model": {"gradient_checkpointing": True}},
+    ],
+    ids=["alternate", "micro_batch", "chunks", "checkpointing"],
+)
+def test_no_interleaving_loses_a_trace(ranks, zero3, changes):
+    for section, values in changes.items():
+        zero3[section] = zero3.get(section, {}) | values
+    assert ranks(2).run(traffic, zero3)[0][0] == 0
