@@ -38,8 +38,10 @@ def _prepare() -> None:
     """
     environment = hashlib.blake2b(f"{sys.prefix} {torch.__version__}".encode(), digest_size=4).hexdigest()
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(get_default_build_root(), f"mlalign-{environment}"))
-    if not is_ninja_available():  # the wheel's lies beside python, which is on PATH in an activated environment only
-        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+    # Always the ninja of this environment, activated or not: another version's takes what this one compiled for stale.
+    programs = Path(sys.executable).parent
+    if (programs / "ninja").exists() and shutil.which("ninja") != str(programs / "ninja"):
+        os.environ["PATH"] = os.pathsep.join([str(programs), os.environ.get("PATH", os.defpath)])
 
 
 def load(builder: str) -> None:

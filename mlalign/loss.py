@@ -81,9 +81,12 @@ def same_text(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     Args: rows [n, 3] and columns [m, 3], int64: hash of src, hash of tgt, hash of the row id (0 = no id).
     Returns: [n, m], bool. Symmetric, and true for a pair and itself.
     """
-    rows, columns = rows[:, None], columns[None]
-    text = (rows[..., :2, None] == columns[..., None, :2]).any(-1).any(-1)
-    return text | ((rows[..., 2] == columns[..., 2]) & (rows[..., 2] != 0))
+    src, tgt, row_id = rows[:, :, None].unbind(1)
+    same = (row_id == columns[:, 2]) & (row_id != 0)
+    for text in (src, tgt):
+        for other in (columns[:, 0], columns[:, 1]):
+            same |= text == other
+    return same
 
 
 def info_nce(

@@ -16,12 +16,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_local_grad, safe_set_full_grad, safe_set_local_grad
+from torch.utils.checkpoint import checkpoint
 
 from mlalign.config import Alignment
 from mlalign.distributed import gather_rows, gather_rows_with_grad, rank, uses_cuda, world_size
 from mlalign.loss import info_nce, same_text
 
 Passes = list[dict[str, torch.Tensor]]
+
+_SIMILARITIES = 2**22  #: that exist at once in `contrast`, in each of a few matrices of 16 MiB
 
 
 class BitextChunk(NamedTuple):
@@ -120,9 +123,28 @@ def contrast(
 ) -> torch.Tensor:
     """InfoNCE of rows against columns, in the directions and with the positives of `settings`.
 
+    Similarities are computed a block of rows at a time, and again for the backward pass where there are several blocks:
+    memory is linear in rows and columns, and what is computed twice is little beside an encoding.
+
     Args: rows [2, pairs, hidden] and columns [2, candidates, hidden], of unit length, src first; keys [pairs, 3] and
     column_keys [candidates, 3]; offset: the column of the first row. Returns: a scalar.
     """
+    size = max(1, _SIMILARITIES // len(column_keys))
+    if len(keys) <= size:
+        return _contrast_block(rows, columns, keys, column_keys, offset, settings)
+    total = rows.new_zeros(())
+    for start in range(0, len(keys), size):
+        block = slice(start, start + size)
+        total = total + len(keys[block]) * checkpoint(
+            _contrast_block,
+            *(rows[:, block], columns, keys[block], column_keys, offset + start, settings),
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+    return total / len(keys)
+
+
+def _contrast_block(rows, columns, keys, column_keys, offset: int, settings: Alignment) -> torch.Tensor:
     positives = torch.zeros(len(keys), len(column_keys), dtype=torch.bool, device=keys.device)
     positives.diagonal(offset).fill_(True)
     if settings.positives == "id":

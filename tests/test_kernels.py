@@ -1,5 +1,6 @@
 """Compiled kernels and the lock files of the dead."""
 
+import os
 import subprocess
 import sys
 import time
@@ -13,10 +14,10 @@ from mlalign import kernels
 LOAD = "from mlalign import kernels; kernels.load('ShareMemCommBuilder'); print('loaded')"
 
 
-def loading() -> subprocess.Popen:
+def loading(**environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", LOAD],
-        env=alone_in_the_world(),
+        env=alone_in_the_world() | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -46,3 +47,16 @@ def test_a_lock_that_is_held_is_waited_for(lock):
     assert held
     out, err = process.communicate(timeout=120)
     assert "loaded" in out, err
+
+
+def test_an_activated_environment_and_a_bare_one_compile_once(lock, tmp_path):
+    kernel = lock.with_name("deepspeed_shm_comm.so")
+    compiled = kernel.stat().st_mtime_ns
+    other = tmp_path / "ninja"  # of a version whose notes on what is compiled the environment's own cannot read
+    other.write_text("#!/bin/sh\nexit 1\n")
+    other.chmod(0o755)
+    environment = str(Path(sys.executable).parent)
+    for first in (environment, str(tmp_path)):
+        out, err = loading(PATH=f"{first}:{os.environ['PATH']}").communicate(timeout=120)
+        assert "loaded" in out, err
+    assert kernel.stat().st_mtime_ns == compiled
