@@ -1,11 +1,11 @@
-"""How training scales with the number of ranks: `python benchmarks/scaling.py`, four minutes.
+"""How training scales with the number of ranks: `python benchmarks/scaling.py`, some minutes.
 
 Measured: weak scaling of the real joint step of `mlalign train`, full fine-tuning of a made-up Llama in fp32, on 1, 2
 and 4 gloo ranks of one thread each on this machine, under ZeRO-0, 2 and 3 as ds_configs/ ships them. Every rank has the
-same rows of the same lengths, so the efficiency is the step's time on one rank over that on W. Beside it stands as many
-runs of one rank at the same time, which do not communicate: what they lose is the machine's doing, not the ranks'.
-Medians of rounds that go through all of them in turn. Bytes are counted by on_paper.py, and seen as what a rank has
-written to its sockets, by /proc/self/io.
+same rows of the same lengths, so that its tokens per second, of those of 1 rank, are the step's time on 1 over that on
+W. As many runs of one rank at the same time do not communicate: what they lose is the machine's doing, and joined over
+apart is what the ranks' talking costs. Medians of rounds that go through all of them in turn, of ratios within a round.
+Bytes are counted by on_paper.py, and seen as what a rank has written to its sockets, by /proc/self/io.
 
 On paper: seconds of computation and of communication in a step of Llama 3 8B and 70B on 8 to 1,024 GPUs, what share of
 the step communication takes if none or all of it happens while the GPU computes, and what alignment adds to it. The
@@ -92,34 +92,27 @@ def step(stage: int) -> tuple[float, int]:
     return time.perf_counter() - start, sent() - before
 
 
-def measure(
-    rounds: int, folder: str
-) -> tuple[dict[tuple[int, int], tuple[float, float]], dict[tuple[int, int], float]]:
-    """(stage, ranks) -> seconds of a step and bytes that a rank sends; (stage, runs) -> seconds side by side."""
-    groups = {size: Ranks(size) for size in RANKS if size > 1}
-    alone = [Ranks(1) for _ in range(max(RANKS))]
-    every = [*groups.values(), *alone]
+def measure(rounds: int, folder: str) -> dict[tuple[str, int, int], list[tuple[float, int]]]:
+    """("joined" or "apart", stage, ranks) -> of each round: seconds of the slowest rank, and bytes that one sends."""
+    joined = {size: [Ranks(size)] for size in RANKS}
+    apart = joined[1] + [Ranks(1) for _ in range(max(RANKS) - 1)]
     for stage in STAGES:
-        for group in every:
+        for group in {*apart, *(group for [group] in joined.values())}:
             group.run(begin, folder, stage)
 
-    def together(some: list[Ranks], stage: int) -> tuple[float, int]:
-        for group in some:
+    def together(groups: list[Ranks], stage: int) -> tuple[float, int]:
+        for group in groups:
             group.start(step, stage)
-        return tuple(max(values) for values in zip(*(each for group in some for each in group.results())))
+        seconds, sizes = zip(*(result for group in groups for result in group.results()))
+        return max(seconds), max(sizes)
 
     found: dict[tuple[str, int, int], list[tuple[float, int]]] = {}
     for _ in range(rounds):
         for stage in STAGES:
             for size in RANKS:
-                found.setdefault(("alone", stage, size), []).append(together(alone[:size], stage))
-                if size > 1:
-                    found.setdefault(("joined", stage, size), []).append(together([groups[size]], stage))
-    middle = {key: tuple(statistics.median(values) for values in zip(*pairs)) for key, pairs in found.items()}
-    joined = {
-        (stage, size): middle["alone" if size == 1 else "joined", stage, size] for stage in STAGES for size in RANKS
-    }
-    return joined, {(stage, size): middle["alone", stage, size][0] for stage in STAGES for size in RANKS}
+                found.setdefault(("joined", stage, size), []).append(together(joined[size], stage))
+                found.setdefault(("apart", stage, size), []).append(together(apart[:size], stage))
+    return found
 
 
 def counted(stage: int, ranks: int) -> float:
@@ -135,27 +128,27 @@ def counted(stage: int, ranks: int) -> float:
 def show_measured(rounds: int) -> None:
     with tempfile.TemporaryDirectory(prefix="scaling-benchmark-") as name:
         prepare(Path(name))
-        joined, alone = measure(rounds, name)
+        found = measure(rounds, name)
     parameters = paper.reach(MODEL, 0, MODEL.layers, head=True).parameters
     table = Table(title=f"measured: the joint step of {parameters / 1e6:.1f}M parameters, {os.cpu_count()} cores")
-    for column in (
-        "ZeRO",
-        "ranks",
-        "seconds",
-        "tokens/s",
-        "of 1 rank's",
-        "runs side by side",
-        "sent, MB",
-        "counted, MB",
-    ):
+    for column in ("ZeRO", "ranks", "seconds", "tokens/s", "of 1 rank's", "runs apart", "joined / apart"):
+        table.add_column(column)
+    for column in ("sent, MB", "counted, MB"):
         table.add_column(column)
     tokens = ROWS * TOKENS + 2 * PAIRS * SIDE
-    for (stage, ranks), (seconds, size) in joined.items():
-        crowd = f"{ranks} on {os.cpu_count()} cores" if ranks > os.cpu_count() else str(ranks)
-        one = joined[stage, 1][0]
-        times = (f"{seconds:.2f}", f"{ranks * tokens / seconds:,.0f}", f"{one / seconds:.2f}")
-        beside = f"{one / alone[stage, ranks]:.2f}"
-        table.add_row(str(stage), crowd, *times, beside, f"{size / 1e6:.2f}", f"{counted(stage, ranks) / 1e6:.2f}")
+
+    def ratio(above: tuple[str, int, int], below: tuple[str, int, int]) -> str:
+        """Median over rounds of what was timed in the same round."""
+        return f"{statistics.median(a / b for (a, _), (b, _) in zip(found[above], found[below])):.2f}"
+
+    for stage in STAGES:
+        for ranks in RANKS:
+            one, joined, apart = ("joined", stage, 1), ("joined", stage, ranks), ("apart", stage, ranks)
+            seconds, size = (statistics.median(values) for values in zip(*found[joined]))
+            crowd = f"{ranks} on {os.cpu_count()} cores" if ranks > os.cpu_count() else str(ranks)
+            rates = (f"{seconds:.2f}", f"{ranks * tokens / seconds:,.0f}", ratio(one, joined), ratio(one, apart))
+            sizes = (f"{size / 1e6:.2f}", f"{counted(stage, ranks) / 1e6:.2f}")
+            table.add_row(str(stage), crowd, *rates, ratio(joined, apart), *sizes)
     console.print(table)
 
 
