@@ -10,9 +10,8 @@ Every mistake is a `UserError` that names file and line; what is cut or dropped 
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any
+from itertools import pairwise, repeat
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -20,91 +19,33 @@ from transformers import PreTrainedTokenizerBase
 
 from mlalign.config import Source
 from mlalign.errors import UserError
+from mlalign.examples import Counts, Pair, TaskExample
 from mlalign.loss import IGNORED
 from mlalign.rows import Row, read_rows
 
 UNKNOWN = "?"  #: the language of a task row that does not say it
 TASK_FIELDS = ("messages", "prompt", "completion", "lang", "id")
 BITEXT_FIELDS = ("src", "tgt", "src_lang", "tgt_lang", "translation", "id")
+_TOGETHER = 2**18  #: characters that are encoded in one call
+
+Encode = Callable[[str], list[int]]
+Given = TypeVar("Given")
 
 
-@dataclass(frozen=True, slots=True)
-class TaskExample:
-    """One tokenised task row."""
+class _Rendered(NamedTuple):
+    """A task row as text."""
 
-    ids: list[int]
-    labels: list[int]  #: as `ids`, with `IGNORED` where a token is not learned
-    learned: int  #: learned tokens; the first token is never predicted
+    text: str
+    edges: list[int]  #: characters where a learned part begins or ends, in turn
+    masked: int  #: assistant turns that had to be left unlearned
     language: str
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One tokenised bitext row."""
-
-    src: list[int]
-    tgt: list[int]
-    languages: tuple[str, str]  #: of src and tgt
-    keys: tuple[int, int, int]  #: hashes of src, tgt and id (0 = no id), see `loss.same_text`
-
-    @property
-    def language(self) -> str:
-        """The language pair, by which bitext is balanced and reported."""
-        return "-".join(self.languages)
-
-    def __len__(self) -> int:
-        return len(self.src) + len(self.tgt)
-
-
-@dataclass
-class Counts:
-    """What happened to the rows of one objective."""
-
-    rows: int = 0  #: kept
-    tokens: int = 0  #: kept
-    truncated: int = 0  #: kept, but cut at max_length
-    dropped: dict[str, int] = field(default_factory=dict)  #: reason -> rows
-    masked_turns: int = 0  #: assistant turns that the chat template renders differently in context, not learned
-    languages: dict[str, int] = field(default_factory=dict)  #: rows by language, or by language pair
-    sides: set[str] = field(default_factory=set)  #: languages of bitext
-
-    def drop(self, reason: str) -> None:
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-
-    def keep(self, example: TaskExample | Pair, truncated: bool) -> None:
-        self.rows += 1
-        self.tokens += len(example)
-        self.truncated += truncated
-        self.languages[example.language] = self.languages.get(example.language, 0) + 1
-        if isinstance(example, Pair):
-            self.sides.update(example.languages)
-
-    def __str__(self) -> str:
-        """One line for the console."""
-        if not (self.rows or self.dropped):
-            return "nothing read yet (streaming)"
-        parts = [f"{self.rows:,} rows, {self.tokens:,} tokens, {len(self.languages)} languages"]
-        if self.truncated:
-            parts.append(f"{self.truncated:,} truncated")
-        parts += [f"{count:,} dropped ({reason})" for reason, count in self.dropped.items()]
-        if self.masked_turns:
-            parts.append(f"{self.masked_turns:,} earlier assistant turns not learned")
-        return ", ".join(parts)
 
 
 # ------------------------------------------------------------------------------------------------------- tokenising
 
 
-def examples(
-    sources: list[Source],
-    fields: tuple[str, ...],
-    encode: Callable[[Row, str, Source, Counts], TaskExample | Pair | None],
-    counts: Counts,
-) -> Iterator[TaskExample] | Iterator[Pair]:
-    """Read, rename and encode all rows of `sources`, lazily and in order; `counts` is filled on the way.
+def _rows(sources: list[Source], fields: tuple[str, ...]) -> Iterator[tuple[Row, str, Source]]:
+    """All rows of `sources`, read and renamed, lazily and in order, with file:line for error messages.
 
     Raises UserError where a source holds no rows or a column map names a field we do not have.
     """
@@ -115,9 +56,7 @@ def examples(
         empty = True
         for where, row in read_rows(source):
             empty = False
-            example = encode(_renamed(row, source.columns, where), where, source, counts)
-            if example is not None:
-                yield example
+            yield _renamed(row, source.columns, where), where, source
         if empty:
             raise UserError(f"{source.path} holds no rows")
 
@@ -131,49 +70,89 @@ def _renamed(row: Row, columns: dict[str, str], where: str) -> Row:
     return row | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
-def load_task(sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_length: int, counts: Counts):
-    """Task rows as a lazy iterator of `TaskExample`."""
-    special = _special_ids(tokenizer)
+def load_task(
+    sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_length: int, counts: Counts
+) -> Iterator[TaskExample]:
+    """Task rows, lazily and in order; `counts` is filled as they are taken."""
+    special, bos = _special_ids(tokenizer), _leading_bos(tokenizer)
 
-    def encode(row: Row, where: str, source: Source, counts: Counts) -> TaskExample | None:
-        ids, labels, masked = _encode_task(row, where, tokenizer, special)
-        counts.masked_turns += masked
+    def render(row: Row, where: str, source: Source) -> _Rendered:
+        text, spans, masked = _render_task(row, where, tokenizer)
+        language = row.get("lang") or source.language or UNKNOWN
+        return _Rendered(text, [edge for span in spans for edge in span], masked, str(language))
+
+    rendered = (render(*each) for each in _rows(sources, TASK_FIELDS))
+    for row, encode in _encoded(rendered, lambda row: [row.text, *(row.text[:edge] for edge in row.edges)], tokenizer):
+        ids, labels = _ids_and_labels(row, encode, bos, tokenizer, special)
+        counts.masked_turns += row.masked
         truncated = len(ids) > max_length
         ids, labels = ids[:max_length], labels[:max_length]
         learned = sum(label != IGNORED for label in labels[1:])
         if not learned:
             counts.drop("nothing left to learn after truncation")
-            return None
-        language = row.get("lang") or source.language or UNKNOWN
-        example = TaskExample(ids, labels, learned, str(language))
+            continue
+        example = TaskExample(ids, labels, learned, row.language)
         counts.keep(example, truncated)
-        return example
-
-    return examples(sources, TASK_FIELDS, encode, counts)
+        yield example
 
 
-def load_bitext(sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_length: int, counts: Counts):
-    """Bitext rows as a lazy iterator of `Pair`."""
-
-    def encode(row: Row, where: str, source: Source, counts: Counts) -> Pair | None:
-        src, tgt, languages = bitext_fields(row, where)
+def load_bitext(
+    sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_length: int, counts: Counts
+) -> Iterator[Pair]:
+    """Bitext rows, lazily and in order; `counts` is filled as they are taken."""
+    bos = _leading_bos(tokenizer)
+    rows = ((*bitext_fields(row, where), row.get("id")) for row, where, _ in _rows(sources, BITEXT_FIELDS))
+    for (src, tgt, languages, row_id), encode in _encoded(rows, lambda row: row[:2], tokenizer):
         if not src.strip() or not tgt.strip():
             counts.drop("an empty side")
-            return None
-        sides = [encode_text(text, tokenizer) for text in (src, tgt)]
+            continue
+        sides = [_with_bos(encode(text), bos) for text in (src, tgt)]
         truncated = any(len(side) > max_length for side in sides)
-        row_id = row.get("id")
         keys = (text_hash(src), text_hash(tgt), 0 if row_id is None else text_hash(str(row_id)))
         pair = Pair(sides[0][:max_length], sides[1][:max_length], languages, keys)
         counts.keep(pair, truncated)
-        return pair
+        yield pair
 
-    return examples(sources, BITEXT_FIELDS, encode, counts)
+
+def _encoded(
+    rows: Iterable[Given], texts: Callable[[Given], Iterable[str]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Given, Encode]]:
+    """Each row with a function from text to token ids, which has the row's `texts` ready.
+
+    Many rows are read before the first is given, and their texts encoded in one call: a fast tokenizer spreads it over
+    all cores.
+    """
+    block: list[Given] = []
+    wanted: dict[str, None] = {}  # in order, and each once
+    characters = 0
+    for row in rows:
+        block.append(row)
+        for text in texts(row):
+            wanted[text] = None
+            characters += len(text)
+        if characters > _TOGETHER:
+            yield from zip(block, repeat(_lookup(list(wanted), tokenizer)))
+            block, wanted, characters = [], {}, 0
+    yield from zip(block, repeat(_lookup(list(wanted), tokenizer)))
+
+
+def _lookup(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Encode:
+    """Token ids by text: of `texts` all at once and now, of any other when it is asked for."""
+    known = dict(zip(texts, _plain_ids(texts, tokenizer)))
+    return lambda text: known[text] if text in known else _plain_ids([text], tokenizer)[0]
+
+
+def _plain_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each text without what the tokenizer adds around it."""
+    settings = {"add_special_tokens": False, "verbose": False}
+    if tokenizer.is_fast and texts:
+        return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **settings)["input_ids"]
+    return [tokenizer.encode(text, **settings) for text in texts]
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of plain text, with one BOS where the model's tokenizer is used to one."""
-    return _with_bos(tokenizer.encode(text, add_special_tokens=False, verbose=False), tokenizer)
+    return _with_bos(_plain_ids([text], tokenizer)[0], _leading_bos(tokenizer))
 
 
 def encode_prompt(row: Row, where: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -201,12 +180,10 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "big", signed=True) or 1
 
 
-def _encode_task(
-    row: Row, where: str, tokenizer: PreTrainedTokenizerBase, special: set[int]
-) -> tuple[list[int], list[int], int]:
-    """Ids, labels, and the number of assistant turns that had to be left unlearned."""
-    text, spans, masked = _render_task(row, where, tokenizer)
-    pieces = _split_tokens(text, [edge for span in spans for edge in span], tokenizer)
+def _ids_and_labels(
+    row: _Rendered, encode: Encode, bos: list[int], tokenizer: PreTrainedTokenizerBase, special: set[int]
+) -> tuple[list[int], list[int]]:
+    pieces = _split_tokens(row.text, row.edges, encode)
     ids: list[int] = []
     labels: list[int] = []
     for number, piece in enumerate(pieces):
@@ -216,8 +193,8 @@ def _encode_task(
     if not pieces[-1] and not _ends_a_turn(pieces[-2], tokenizer, special):
         ids.append(tokenizer.eos_token_id)
         labels.append(tokenizer.eos_token_id)
-    with_bos = _with_bos(ids, tokenizer)
-    return with_bos, [IGNORED] * (len(with_bos) - len(ids)) + labels, masked
+    with_bos = _with_bos(ids, bos)
+    return with_bos, [IGNORED] * (len(with_bos) - len(ids)) + labels
 
 
 def _ends_a_turn(answer: list[int], tokenizer: PreTrainedTokenizerBase, special: set[int]) -> bool:
@@ -283,7 +260,7 @@ def _render_messages(
     spans = []
     answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
     for i in answers:
-        before, end = render(messages[:i]), render(messages[: i + 1])
+        before, end = render(messages[:i]), render(messages[: i + 1]) if i + 1 < len(messages) else text
         start = _common_prefix(render(messages[:i], add_generation_prompt=True), end)
         if text.startswith(end) and len(before) <= start < len(end):
             spans.append((start, len(end)))
@@ -305,29 +282,31 @@ def _common_prefix(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def _split_tokens(text: str, edges: list[int], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _split_tokens(text: str, edges: list[int], encode: Encode) -> list[list[int]]:
     """Token ids of `text`, cut at character positions `edges`: len(edges) + 1 lists.
 
     Tokens of the whole text are kept where the text before an edge tokenises to a prefix of them. Where a token would
     span an edge, the parts are tokenised apart, as they are at generation.
     """
-    whole = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    whole = encode(text)
     cuts = [0]
     for edge in edges:
-        prefix = tokenizer.encode(text[:edge], add_special_tokens=False, verbose=False)
+        prefix = encode(text[:edge])
         if whole[: len(prefix)] != prefix:
-            borders = [0, *edges, len(text)]
-            parts = [text[a:b] for a, b in pairwise(borders)]
-            return [tokenizer.encode(part, add_special_tokens=False, verbose=False) for part in parts]
+            return [encode(text[a:b]) for a, b in pairwise([0, *edges, len(text)])]
         cuts.append(len(prefix))
     cuts.append(len(whole))
     return [whole[a:b] for a, b in pairwise(cuts)]
 
 
-def _with_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The BOS that the tokenizer is used to put in front, or nothing."""
     bos = tokenizer.bos_token_id
-    wanted = bos is not None and tokenizer.encode("a")[:1] == [bos]
-    return [bos, *ids] if wanted and ids[:1] != [bos] else ids
+    return [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
+
+
+def _with_bos(ids: list[int], bos: list[int]) -> list[int]:
+    return ids if ids[: len(bos)] == bos else bos + ids
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

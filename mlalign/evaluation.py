@@ -1,18 +1,19 @@
 """Losses and retrieval accuracy on dev, the same on any number of ranks. Used by `mlalign train` between steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from mlalign import distributed, retrieval
 from mlalign.config import Config
-from mlalign.data import Pair, TaskExample, collate_bitext, collate_task, pair_keys, prefers_one_pass
+from mlalign.data import collate_bitext, collate_task, pair_keys, prefers_one_pass
+from mlalign.examples import Pair, TaskExample
 from mlalign.objectives import alignment_loss
 from mlalign.sampler import slices
 
 
 def evaluate(
-    engine, config: Config, task: list[TaskExample], bitext: list[Pair], pad: int, stop: Callable[[], bool]
+    engine, config: Config, task: Sequence[TaskExample], bitext: Sequence[Pair], pad: int, stop: Callable[[], bool]
 ) -> dict[str, float] | None:
     """`dev/task_loss`, `dev/alignment_loss`, `dev/retrieval_accuracy`: what there is data for. Called by all ranks.
 
@@ -39,7 +40,9 @@ class _StoppedError(Exception):
     """An evaluation was asked to stop."""
 
 
-def task_loss(engine, examples: list[TaskExample], micro_batch_size: int, pad: int, stop: Callable[[], bool]) -> float:
+def task_loss(
+    engine, examples: Sequence[TaskExample], micro_batch_size: int, pad: int, stop: Callable[[], bool]
+) -> float:
     """NLL per learned token over all examples."""
     total = torch.zeros((), device=engine.device)
     for shares in slices(examples, micro_batch_size, distributed.world_size()):
@@ -53,7 +56,7 @@ def task_loss(engine, examples: list[TaskExample], micro_batch_size: int, pad: i
 
 
 def embed_pairs(
-    engine, pairs: list[Pair], micro_batch_size: int, pad: int, stop: Callable[[], bool]
+    engine, pairs: Sequence[Pair], micro_batch_size: int, pad: int, stop: Callable[[], bool]
 ) -> tuple[torch.Tensor, list[Pair]]:
     """Embeddings of all pairs on every rank, [2, pairs, hidden] on the CPU, and the pairs in the same order.
 

@@ -5,7 +5,6 @@ position) alone. Order and slicing are pure functions; `GlobalOrder` adds the po
 """
 
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import TypeVar
@@ -13,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from mlalign.errors import UserError
+from mlalign.examples import PackedRows
 
 Example = TypeVar("Example")
 
@@ -35,24 +35,22 @@ def language_quotas(counts: dict[str, int], temperature: float) -> dict[str, int
 
 
 def epoch_order(
-    languages: Sequence[str], lengths: Sequence[int], batch_size: int, temperature: float, seed: int, epoch: int
+    members: dict[str, np.ndarray], lengths: np.ndarray, batch_size: int, temperature: float, seed: int, epoch: int
 ) -> np.ndarray:
     """Indices of the examples of one epoch, [examples], in training order.
 
-    Each language walks through its own endless sequence of shuffles, a quota per epoch, so that no example of a
-    language comes up twice before all of them came up once. Batches hold examples of similar length.
+    members: indices of each language's examples; lengths: of all examples, [examples]. Each language walks through its
+    own endless sequence of shuffles, a quota per epoch, so that no example of a language comes up twice before all of
+    them came up once. Batches hold examples of similar length.
     """
-    members: dict[str, list[int]] = {}
-    for index, language in enumerate(languages):
-        members.setdefault(language, []).append(index)
-    quotas = language_quotas(Counter(languages), temperature)
+    quotas = language_quotas({language: len(indices) for language, indices in members.items()}, temperature)
     chosen = [
-        _endless_shuffles(np.array(members[language]), quota * epoch, quota, [seed, zlib.crc32(language.encode())])
+        _endless_shuffles(members[language], quota * epoch, quota, [seed, zlib.crc32(language.encode())])
         for language, quota in sorted(quotas.items())
     ]
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(np.concatenate(chosen))
-    return _grouped(order, np.asarray(lengths)[order], batch_size, rng)
+    return _grouped(order, lengths[order], batch_size, rng)
 
 
 def _endless_shuffles(members: np.ndarray, start: int, count: int, seed: list[int]) -> np.ndarray:
@@ -77,14 +75,13 @@ def _grouped(order: np.ndarray, lengths: np.ndarray, batch_size: int, rng: np.ra
 
 
 def in_memory(
-    examples: Sequence[Example], batch_size: int, temperature: float, seed: int
+    examples: PackedRows[Example], batch_size: int, temperature: float, seed: int
 ) -> Callable[[int, int], Iterator[Example]]:
-    """Epochs over examples that are held in memory: a function of (epoch, start) for `GlobalOrder`."""
-    languages = [example.language for example in examples]
-    lengths = [len(example) for example in examples]
+    """Epochs over examples that can be had in any order: a function of (epoch, start) for `GlobalOrder`."""
+    members = examples.by_language()
 
     def epoch(number: int, start: int) -> Iterator[Example]:
-        order = epoch_order(languages, lengths, batch_size, temperature, seed, number)
+        order = epoch_order(members, examples.lengths, batch_size, temperature, seed, number)
         return (examples[index] for index in order[start:])
 
     return epoch

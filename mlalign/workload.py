@@ -12,9 +12,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mlalign.config import Alignment, Config, Source, Task
-from mlalign.data import Pair, TaskExample, prefers_one_pass
+from mlalign.data import prefers_one_pass
 from mlalign.dataset import load_dataset
 from mlalign.errors import UserError
+from mlalign.examples import Pair, TaskExample
 from mlalign.rows import is_local, read_rows
 from mlalign.sampler import GlobalOrder, slices
 from mlalign.schedule import batches, total_steps

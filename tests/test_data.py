@@ -9,9 +9,6 @@ from conftest import write_jsonl
 
 from mlalign.config import Source
 from mlalign.data import (
-    Counts,
-    Pair,
-    TaskExample,
     collate_bitext,
     collate_task,
     encode_prompt,
@@ -21,6 +18,7 @@ from mlalign.data import (
     prefers_one_pass,
 )
 from mlalign.errors import UserError
+from mlalign.examples import Counts, Pair, TaskExample
 from mlalign.loss import IGNORED
 from mlalign.rows import read_rows
 

@@ -3,9 +3,11 @@
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
 from mlalign.errors import UserError
+from mlalign.examples import TaskExample, TaskRows
 from mlalign.sampler import GlobalOrder, epoch_order, in_memory, language_quotas, slices, streamed
 
 
@@ -23,7 +25,8 @@ ROWS = [Row(i, "en" if i % 10 else "sw", 1 + (i * 37) % 50) for i in range(500)]
 
 
 def order(temperature: float, epoch: int) -> list[int]:
-    return epoch_order([r.language for r in ROWS], [len(r) for r in ROWS], 8, temperature, 1, epoch).tolist()
+    members = {name: np.array([r.name for r in ROWS if r.language == name]) for name in ("en", "sw")}
+    return epoch_order(members, np.array([len(r) for r in ROWS]), 8, temperature, 1, epoch).tolist()
 
 
 def test_temperature_1_takes_every_row_once_per_epoch_in_another_order():
@@ -62,7 +65,9 @@ def test_batches_hold_similar_lengths():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: in_memory(ROWS, 8, 0.0, 1),
+        lambda: in_memory(
+            TaskRows.pack(TaskExample([r.name] * len(r), [r.name] * len(r), 1, r.language) for r in ROWS), 8, 0.0, 1
+        ),
         lambda: streamed(lambda: iter(ROWS), 8, 1),
     ],
     ids=["in memory", "streamed"],

@@ -13,8 +13,8 @@ LAYERS = [
     | {"tasks.prompts", "sifting", "corpora", "jobs", "kernels"},
     {"launchers"},
     {"config", "distributed", "tasks", "tasks.slot_filling", "tasks.translation", "scoring"},
-    {"tracker", "rundir", "schedule", "rows", "head", "tasks.items", "tasks.json_extraction", "memory"},
-    {"data", "sampler", "model", "checkpoint", "merging", "predictions", "corpora.item"},
+    {"tracker", "rundir", "schedule", "rows", "head", "tasks.items", "tasks.json_extraction", "memory", "examples"},
+    {"data", "sampler", "model", "checkpoint", "merging", "predictions", "corpora.item", "token_cache"},
     {"objectives", "dataset", "parallel", "checks", "generation", "report", "comet", "sieve"}
     | {f"corpora.{name}" for name in ("massive", "translation", "uner", "bitext", "against")},
     {"evaluation", "states", "probe_report", "workload"},

@@ -9,8 +9,9 @@ from operator import itemgetter
 from rich.text import Text
 
 from mlalign.config import Config
-from mlalign.data import Pair, TaskExample, pad_id
+from mlalign.data import pad_id
 from mlalign.dataset import load_dataset
+from mlalign.examples import Pair, TaskExample
 from mlalign.loss import IGNORED
 from mlalign.model import load_tokenizer
 from mlalign.sampler import slices
