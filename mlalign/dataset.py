@@ -1,13 +1,19 @@
 """What a run learns from: the configured sources as global orders for training and lists for dev."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
 from mlalign.config import Alignment, Config, Task
-from mlalign.data import UNKNOWN, Counts, Pair, TaskExample, load_bitext, load_task
+from mlalign.data import UNKNOWN, load_bitext, load_task
 from mlalign.errors import UserError
+from mlalign.examples import Counts, Pair, PairRows, TaskExample, TaskRows
 from mlalign.sampler import GlobalOrder, in_memory, streamed
+from mlalign.token_cache import tokenised, tokenizer_key
+
+_LOADERS = {"task": load_task, "alignment": load_bitext}
+_PACKED = {"task": TaskRows, "alignment": PairRows}
 
 
 @dataclass
@@ -16,8 +22,8 @@ class Dataset:
 
     orders: dict[str, GlobalOrder] = field(default_factory=dict)  #: "task" and "alignment": training examples
     counts: dict[str, Counts] = field(default_factory=dict)  #: by config key; a stream's grow while it is read
-    task_dev: list[TaskExample] = field(default_factory=list)
-    bitext_dev: list[Pair] = field(default_factory=list)
+    task_dev: Sequence[TaskExample] = ()
+    bitext_dev: Sequence[Pair] = ()
     epoch_rows: int = 0  #: training rows of the task, of the bitext where there is no task; 0 = unknown (a stream)
 
     @property
@@ -31,43 +37,46 @@ class Dataset:
 
 
 def load_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Read, check and tokenise all sources; streams are opened and not yet read.
+    """Read, check and tokenise all sources, or find them in the cache; streams are opened and not yet read.
 
     Raises UserError, naming file and line, for whatever is wrong with them.
     """
-    dataset = Dataset()
+    dataset, cached_as = Dataset(), tokenizer_key(tokenizer)
     if config.alignment:
-        rows = _add_order(dataset, "alignment", config.alignment, load_bitext, tokenizer, config.seed)
-        dataset.epoch_rows = rows
-        dataset.bitext_dev = _load_dev(dataset, "alignment", config.alignment, load_bitext, tokenizer)
+        dataset.epoch_rows = _add_order(dataset, "alignment", config.alignment, tokenizer, cached_as, config.seed)
+        dataset.bitext_dev = _add_rows(dataset, "alignment", "dev", config.alignment, tokenizer, cached_as)
     if config.task:
-        rows = _add_order(dataset, "task", config.task, load_task, tokenizer, config.seed)
-        dataset.epoch_rows = rows
-        dataset.task_dev = _load_dev(dataset, "task", config.task, load_task, tokenizer)
+        dataset.epoch_rows = _add_order(dataset, "task", config.task, tokenizer, cached_as, config.seed)
+        dataset.task_dev = _add_rows(dataset, "task", "dev", config.task, tokenizer, cached_as)
     return dataset
 
 
-def _add_order(dataset: Dataset, name: str, section: Task | Alignment, load, tokenizer, seed: int) -> int:
+def _add_order(
+    dataset: Dataset, name: str, section: Task | Alignment, tokenizer, cached_as: str | None, seed: int
+) -> int:
     """Make the global order of one objective; returns its number of rows, 0 for a stream."""
-    counts = dataset.counts[f"{name}.train"] = Counts()
     if section.streaming:
+        counts = dataset.counts[f"{name}.train"] = Counts()
+        load = _LOADERS[name]
         epoch = streamed(lambda: load(section.train, tokenizer, section.max_length, counts), section.batch_size, seed)
         dataset.orders[name] = GlobalOrder(epoch)
         return 0
-    rows = _load_all(f"{name}.train", section, section.train, load, tokenizer, counts)
+    rows = _add_rows(dataset, name, "train", section, tokenizer, cached_as)
     dataset.orders[name] = GlobalOrder(in_memory(rows, section.batch_size, section.language_temperature, seed))
     return len(rows)
 
 
-def _load_dev(dataset: Dataset, name: str, section: Task | Alignment, load, tokenizer) -> list:
-    if not section.dev:
-        return []
-    counts = dataset.counts[f"{name}.dev"] = Counts()
-    return _load_all(f"{name}.dev", section, section.dev, load, tokenizer, counts)
+def _add_rows(
+    dataset: Dataset, name: str, part: str, section: Task | Alignment, tokenizer, cached_as: str | None
+) -> Sequence:
+    sources, key = getattr(section, part), f"{name}.{part}"
+    if not sources:
+        return ()
 
+    def read(counts: Counts) -> Iterator:
+        return _LOADERS[name](sources, tokenizer, section.max_length, counts)
 
-def _load_all(key: str, section: Task | Alignment, sources: list, load, tokenizer, counts: Counts) -> list:
-    rows = list(load(sources, tokenizer, section.max_length, counts))
+    rows, dataset.counts[key] = tokenised(_PACKED[name], sources, cached_as, section.max_length, read)
     if not rows:
-        raise UserError(f"{key}: every row was dropped: {counts}")
+        raise UserError(f"{key}: every row was dropped: {dataset.counts[key]}")
     return rows

@@ -23,6 +23,18 @@ def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
     if not is_local(source.path):
         yield from _read_with_datasets(source.path, source.subset, split=source.split)
         return
+    for path in local_files(source):
+        suffix = Path(path).suffix
+        if suffix in (".jsonl", ".json"):
+            yield from _read_json(path)
+        elif suffix in _SUFFIXES:
+            yield from _read_with_datasets(suffix[1:], data_files=path, split="train")
+        else:
+            raise UserError(f"{path} must end in {', '.join(_SUFFIXES)}")
+
+
+def local_files(source: Source) -> list[str]:
+    """The files of a local source, in the order in which they are read. Raises UserError for one that is missing."""
     if source.subset or source.split != "train":
         raise UserError(f"{source.path} is local: `subset` and `split` are for hub datasets, name the file instead")
     paths = sorted(glob.glob(source.path, recursive=True)) if glob.has_magic(source.path) else [source.path]
@@ -31,13 +43,7 @@ def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
     for path in paths:
         if not os.path.isfile(path):
             raise UserError(f"{path} does not exist or is no file")
-        suffix = Path(path).suffix
-        if suffix in (".jsonl", ".json"):
-            yield from _read_json(path)
-        elif suffix in _SUFFIXES:
-            yield from _read_with_datasets(suffix[1:], data_files=path, split="train")
-        else:
-            raise UserError(f"{path} must end in {', '.join(_SUFFIXES)}")
+    return paths
 
 
 def is_local(path: str) -> bool:

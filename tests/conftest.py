@@ -105,6 +105,11 @@ def _serve(rank: int, size: int, port: str, pipe) -> None:
             pipe.send((False, traceback.format_exc()))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_of_the_user(tmp_path_factory) -> None:
+    os.environ["MLALIGN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], RankPool]]:
     """`ranks(n).run(function, *args)` runs a function of a test module on n real ranks."""

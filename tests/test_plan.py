@@ -54,9 +54,9 @@ def bytes_that_an_engine_holds(values: dict, zero: dict) -> int:
         storages = [each.untyped_storage() for each in tensors]
         return {each.data_ptr(): each.nbytes() for each in storages if each.nbytes() < 1e9}  # no bucket, see below
 
-    before = alive()
     config = Config.model_validate(values)
-    dataset = load_dataset(config, model.load_tokenizer(config.model))
+    dataset = load_dataset(config, model.load_tokenizer(config.model))  # rows from the cache are tensors too
+    before = alive()
     engine = train._make_engine(config, model.engine_config(config, {"zero_optimization": zero}), layer=2)
     engine.train()
     train._backward(engine, config, dataset, 0, 0, Meter())
