@@ -69,6 +69,8 @@ prepare_environment() {
     # Compiled kernels go to local disk: ranks on a shared file system wait for each other's locks.
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${LOCAL_DIR:-/tmp}/mlalign-$(id -un)/triton}
     export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-${LOCAL_DIR:-/tmp}/mlalign-$(id -un)/extensions}
+    # Tokenised rows too: all ranks of a node map them.
+    export MLALIGN_CACHE=${MLALIGN_CACHE:-${LOCAL_DIR:-/tmp}/mlalign-$(id -un)/cache}
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1)
     # Another port after a restart, lest one that is taken stop the job for good.
     export MASTER_ADDR MASTER_PORT=$((20000 + (SLURM_JOB_ID + 101 * ${SLURM_RESTART_COUNT:-0}) % 10000))
