@@ -4,7 +4,9 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -35,6 +37,15 @@ CHAT_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Nothing goes to the user's own cache: set before test modules copy the environment."""
+    os.environ["MLALIGN_CACHE"] = tempfile.mkdtemp(prefix="mlalign-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ["MLALIGN_CACHE"], ignore_errors=True)
 
 
 class RankPool:
@@ -103,11 +114,6 @@ def _serve(rank: int, size: int, port: str, pipe) -> None:
             pipe.send((True, function(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _no_cache_of_the_user(tmp_path_factory) -> None:
-    os.environ["MLALIGN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
