@@ -24,7 +24,8 @@ from mlalign.loss import info_nce, same_text
 
 Passes = list[dict[str, torch.Tensor]]
 
-_SIMILARITIES = 2**22  #: that exist at once in `contrast`, in each of a few matrices of 16 MiB
+_SIMILARITIES = 2**20  #: that exist at once in `contrast`, in each of a few matrices of 4 MiB,
+_ROWS = 64  #: but for no fewer rows than these: products of a few rows with very many columns wait for memory
 
 
 class BitextChunk(NamedTuple):
@@ -129,7 +130,7 @@ def contrast(
     Args: rows [2, pairs, hidden] and columns [2, candidates, hidden], of unit length, src first; keys [pairs, 3] and
     column_keys [candidates, 3]; offset: the column of the first row. Returns: a scalar.
     """
-    size = max(1, _SIMILARITIES // len(column_keys))
+    size = max(_ROWS, _SIMILARITIES // len(column_keys))
     if len(keys) <= size:
         return _contrast_block(rows, columns, keys, column_keys, offset, settings)
     total = rows.new_zeros(())

@@ -1,0 +1,134 @@
+"""An alignment batch of any size at the memory of one micro-batch: `python benchmarks/gradcache.py`.
+
+Real alignment steps of `mlalign train` on one rank: every pair against every other, whole batches against micro-batches
+of 64 pairs. Where a batch has several, they are encoded without gradient first and again with it (GradCache, Gao et al.
+2021), which costs a second forward pass: with adapters, whose backward pass costs about as much as a forward pass, at
+most 1.5 times the whole. Each run is a process of its own, for its memory; times are taken in turn.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import re
+import statistics
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # or glibc would keep what is freed, and memory be that of the past
+
+from byte_llama import save_byte_llama
+from rich.console import Console
+from rich.table import Table
+
+CHUNK = 64
+SIZES = (64, 256, 1024, 4096, 8192)
+WHOLE = 4096  #: the largest batch that is also encoded in one piece
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+
+
+def write_pairs(path: Path) -> str:
+    """Lengths like Tatoeba's, in bytes."""
+    rng = random.Random(0)
+
+    def text() -> str:
+        return "".join(rng.choice("abcdefgh ") for _ in range(rng.randint(15, 40)))
+
+    rows = [{"src": text(), "tgt": text(), "src_lang": "es", "tgt_lang": "en"} for _ in range(max(SIZES))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def resident(kind: str) -> int:
+    """Bytes of this process: RSS now, HWM at most since `forget_peak`."""
+    return int(re.search(rf"Vm{kind}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def take_steps(values: dict, asked: Connection) -> None:
+    """In a process of its own: for each request a step, answered by its seconds and its memory above the model's."""
+    from mlalign.commands.train import real_steps
+    from mlalign.config import Config
+
+    running = real_steps(Config.model_validate(values))
+    small = values | {"alignment": values["alignment"] | {"batch_size": 8, "micro_batch_size": 8}}
+    next(real_steps(Config.model_validate(small)))  # what a first step loads and compiles is no memory of a batch
+    while asked.recv():
+        before = resident("RSS")
+        forget_peak()
+        start = time.perf_counter()
+        next(running)
+        asked.send((time.perf_counter() - start, resident("HWM") - before))
+
+
+def main(rounds: int) -> None:
+    runs = {(size, chunk): ([], []) for size in SIZES for chunk in sorted({CHUNK, min(size, WHOLE)}) if chunk <= size}
+    runs = {(size, chunk): kept for (size, chunk), kept in runs.items() if chunk in (CHUNK, size)}
+    with tempfile.TemporaryDirectory(prefix="gradcache-benchmark-") as name:
+        folder = Path(name)
+        values = {
+            "run_dir": str(folder / "run"),
+            "model": {"path": save_byte_llama(folder / "model", **SHAPE), "precision": "fp32"},
+            "lora": {"r": 8},
+            "interleave": {"ratio": "0:1"},
+            "optimizer": {"steps": 1},
+        }
+        pairs = write_pairs(folder / "pairs.jsonl")
+        context = multiprocessing.get_context("spawn")
+        pipes = {}
+        for size, chunk in runs:
+            section = {"train": pairs, "batch_size": size, "micro_batch_size": chunk}
+            pipes[size, chunk], theirs = context.Pipe()
+            arguments = (values | {"alignment": section}, theirs)
+            context.Process(target=take_steps, args=arguments, daemon=True).start()
+        for number in range(1 + rounds):
+            for run, (seconds, memory) in runs.items():
+                pipes[run].send(True)
+                second, peak = pipes[run].recv()
+                if number:  # the first allocates what stays
+                    seconds.append(second)
+                    memory.append(peak)
+        for pipe in pipes.values():
+            pipe.send(False)
+    report(runs)
+
+
+def report(runs: dict[tuple[int, int], tuple[list[float], list[int]]]) -> None:
+    base = statistics.median(runs[CHUNK, CHUNK][1])
+    table = Table(
+        "pairs", "at a time", "seconds", "ms a pair", "of the whole batch's", "peak, MiB", f"of {CHUNK} pairs'"
+    )
+    for (size, chunk), (seconds, memory) in runs.items():
+        whole = runs.get((size, size))
+        ratio = statistics.median(a / b for a, b in zip(seconds, whole[0])) if whole else None
+        second, peak = statistics.median(seconds), statistics.median(memory)
+        table.add_row(
+            f"{size:,}",
+            "all" if chunk == size else f"{chunk}",
+            f"{second:.2f}",
+            f"{1000 * second / size:.2f}",
+            f"{ratio:.2f}" if ratio else "",
+            f"{peak / 2**20:.0f}",
+            f"{peak / base:.2f}",
+        )
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    main(parser.parse_args().rounds)
