@@ -44,6 +44,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.8"],
+        "benchmarks": ["trl>=1.16,<1.17", "sentence-transformers>=6.2,<6.3"],  # what benchmarks/peers.py compares with
         "dev": ["openmpi>=5.0.11,<6", "pytest>=9,<10", "pytest-timeout>=2.4,<3", "ruff>=0.17,<0.18"],
     },
     entry_points={"console_scripts": ["mlalign=mlalign.__main__:main"]},
