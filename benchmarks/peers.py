@@ -1,7 +1,7 @@
-"""mlalign's training step beside those of what people use today: `python benchmarks/peers.py`, eight minutes.
+"""mlalign's training step beside those of what people use today: `python benchmarks/peers.py`.
 
-Needs `pip install -e '.[benchmarks]'`. A made-up Llama with LoRA on one rank of this machine, every contestant in a
-process of its own, one optimizer step of each in turn, over whole epochs of the same rows:
+Needs `pip install -c constraints.txt -e '.[benchmarks]'` and 8 GiB of memory. A made-up Llama with LoRA on one rank of
+this machine, every contestant in a process of its own, one step of each in turn, over whole epochs of the same rows:
 
 task        mlalign, TRL's SFTTrainer and transformers' Trainer learn completions
 contrast    mlalign and sentence-transformers find each sentence's translation, in one pass or in chunks of a batch
@@ -9,20 +9,24 @@ contrast    mlalign and sentence-transformers find each sentence's translation, 
 Equal are the model and its fp32 weights, the tokens, what is learned of them, LoRA, AdamW and its settings, clipping,
 the loss and the batch sizes. Before anything is timed, every contestant takes a step over all rows at once with a
 smaller model, and all must find the same loss. What a step includes is what each of them does in it: choosing and
-padding rows, the passes, clipping, the update, its log; sentence-transformers also tokenises there.
+padding rows, the passes, clipping, the update, its log.
 
-Not equal is what each makes of that. mlalign puts rows of like lengths together, within 50 batches; rows of the others
-come in random order. "By length" gives the Trainers what `train_sampling_strategy="group_by_length"` does on thousands
-of rows, which are then sorted within 50 batches as well; on as few as there are here its windows would be shorter than
-mlalign's, and padding 15% instead of 4%. sentence-transformers cannot group pairs by length, and tokenises anew in
-every step. Gradient checkpointing, which TRL turns on unless told otherwise, is off; its padding-free batches need
-flash attention and a GPU. It logs entropy and accuracy in every step. sentence-transformers encodes with all L blocks,
-mlalign with the first k: k = L / 2 is what it does by default, k = L shows what else differs. The final norm, which
-an alignment pass does not have, is taken out of both.
+Not equal is what each makes of that:
 
-Seconds are of processor time, each contestant on one thread, so that other work on the machine counts little.
+- mlalign puts rows of like lengths together, within 50 batches; rows of the others come in random order. "By length"
+  gives the Trainers what `train_sampling_strategy="group_by_length"` does on thousands of rows, which it sorts within
+  50 batches as well; on as few as there are here its windows would be shorter than mlalign's.
+- TRL logs entropy and accuracy in every step. Gradient checkpointing, which it turns on unless told otherwise, is off.
+  Its padding-free batches need flash attention and a GPU.
+- sentence-transformers has no way to group pairs by length, and tokenises in every step. It encodes with all L blocks,
+  mlalign with the first k: k = L / 2 is what it does by default, k = L shows what else differs. The final norm, which
+  an alignment pass does not have, is taken out of both.
+- A pass over 32 pairs holds both of their sides in mlalign, one side of them in sentence-transformers.
+
+Seconds are of processor time, each contestant on one thread: waiting for other work on the machine does not count.
 Memory is VmHWM of /proc, the largest resident memory of a process, less what was resident before the model was loaded:
-libraries and threads do not count, because the smaller model went through the same code before.
+libraries do not count, because the smaller model went through the same code before. The mean loss gives every step the
+same weight, however many tokens it has, and pairs of like lengths are harder to tell apart.
 """
 
 import ctypes
@@ -66,7 +70,6 @@ class Work:
     batch: int  #: rows of a step
     micro: int  #: rows of a pass
     steps: int
-    lr: float = LR
     by_length: bool = False  #: put the longest rows first and keep that order, where it is a choice
 
 
@@ -92,7 +95,7 @@ def mlalign(work: Work, after_step: Callable[[], None], changes: dict) -> float:
         "run_dir": work.model,
         "model": {"path": work.model, "precision": "fp32"},
         "lora": {"r": 8, "dropout": 0},
-        "optimizer": {"steps": work.steps, "lr": work.lr},
+        "optimizer": {"steps": work.steps, "lr": LR},
     }
     running = real_steps(Config.model_validate(values | changes))
     for _ in range(work.steps):
@@ -173,7 +176,7 @@ def trainer_settings(work: Work) -> dict:
         "per_device_train_batch_size": work.micro,
         "gradient_accumulation_steps": work.batch // work.micro,
         "train_sampling_strategy": "sequential" if work.by_length else "random",
-        "learning_rate": work.lr,
+        "learning_rate": LR,
         "lr_scheduler_type": "constant",
         "use_cpu": True,
         "save_strategy": "no",
@@ -326,7 +329,7 @@ def show(contestants: list[Contestant], unit: str, count: int) -> list[float]:
 
 
 def compare_tasks(small: str, large: str, rows: Path) -> None:
-    check = Work(small, str(rows), layer=SMALL_BLOCKS, batch=ROWS, micro=8, steps=1, lr=1e-12)
+    check = Work(small, str(rows), layer=SMALL_BLOCKS, batch=ROWS, micro=8, steps=1)
     work = Work(large, str(rows), layer=BLOCKS, batch=32, micro=8, steps=(1 + EPOCHS) * ROWS // 32)
     contestants = [Contestant("mlalign", mlalign_task, check, work)]
     for name, run in (("TRL SFTTrainer", trl_task), ("transformers Trainer", trainer_task)):
@@ -340,7 +343,7 @@ def compare_tasks(small: str, large: str, rows: Path) -> None:
 
 def compare_contrasts(small: str, large: str, rows: Path, batch: int, micro: int) -> None:
     once = ROWS if micro == batch else micro
-    check = Work(small, str(rows), layer=SMALL_BLOCKS, batch=ROWS, micro=once, steps=1, lr=1e-12)
+    check = Work(small, str(rows), layer=SMALL_BLOCKS, batch=ROWS, micro=once, steps=1)
     work = Work(large, str(rows), layer=BLOCKS, batch=batch, micro=micro, steps=(1 + EPOCHS) * ROWS // batch)
     half = replace(work, layer=BLOCKS // 2)
     contestants = [
