@@ -98,14 +98,13 @@ class Reach(NamedTuple):
 
     parameters: int
     trainable: int
-    tensors: int  #: large ones, each gathered by a call of its own
 
 
 def reach(model: Llama, lora: int, layers: int, head: bool) -> Reach:
     """Embeddings and so many blocks, and the LM head or not. lora: the adapters' rank, 0 = all is trained."""
     frozen = layers * model.block + model.words * (1 + head)
     adapters = layers * model.adapter(lora)
-    return Reach(frozen + adapters, adapters if lora else frozen, layers * len(model.matrices) + 1 + head)
+    return Reach(frozen + adapters, adapters if lora else frozen)
 
 
 # ------------------------------------------------------------------------------------------------------------ network
@@ -192,21 +191,24 @@ def embeddings(pairs: int, hidden: int, ranks: int) -> list[Traffic]:
 
 
 def zero_traffic(
-    stage: int, passes: list[Reach], width: int = WIDTH, bucket: float = 500e6, ahead: float = 50e6
+    stage: int,
+    passes: list[Reach],
+    width: int = WIDTH,
+    bucket: float = 500e6,
+    ahead: int = 50_000_000,
+    kept: int = 10**9,
 ) -> list[Traffic]:
     """Of parameters and gradients in one step: the task's pass first, then, if there is one, alignment's.
 
     Rajbhandari et al. 2020, section 7: with psi parameters, ZeRO-0 to 2 move 2 psi, ZeRO-3 moves 3 psi. DeepSpeed 0.19,
     as mlalign drives it, moves more. ZeRO-1 and 2 all-reduce the gradients (use_multi_rank_bucket_allreduce) and then
-    gather the new parameters: 3 psi. ZeRO-2 and 3 reduce after each backward. ZeRO-3 gathers for each forward and each
-    backward; with two objectives in a step it never foresees what comes, so it gathers tensor by tensor, and what it
-    fetches ahead for the task once more, `ahead` elements at the most, is thrown away when alignment comes.
+    gather the new parameters: 3 psi. ZeRO-2 and 3 reduce after each backward. ZeRO-3 gathers `ahead` elements at once,
+    in each forward and backward, but in the backward none of the last `kept` elements of the forward: they stay.
     """
     task, gathers = passes[0], []
     if stage == 3:
-        gathers = [Traffic("all-gather", 2 * width * each.parameters, 2 * each.tensors) for each in passes]
-        if len(passes) > 1:
-            gathers.append(Traffic("all-gather", width * min(ahead, task.parameters)))
+        elements = [2 * each.parameters - min(kept, each.parameters) for each in passes]
+        gathers = [Traffic("all-gather", width * count, ceil(count / ahead)) for count in elements]
     elif stage:
         gathers = [Traffic("all-gather", width * task.trainable)]
     kind = "reduce-scatter" if stage == 3 else "all-reduce"

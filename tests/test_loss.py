@@ -5,7 +5,8 @@ import reference
 import torch
 import torch.nn.functional as F
 
-from mlalign.config import Config
+from mlalign import objectives
+from mlalign.config import Alignment, Config
 from mlalign.loss import info_nce, same_text
 
 
@@ -61,11 +62,50 @@ def test_same_text_knows_repeats_of_either_side_and_of_the_id():
     assert torch.equal(same_text(keys, keys), wanted)
 
 
+@pytest.mark.parametrize("infonce", ["symmetric", "one_way"])
+@pytest.mark.parametrize("rows", [1, 3, 6])
+def test_contrast_in_blocks_of_rows_equals_a_double_loop(monkeypatch, rows, infonce):
+    """Pairs of one rank, 2 to 7, against those of all, 0 to 8; some of them share a sentence or an id."""
+    monkeypatch.setattr(objectives, "_SIMILARITIES", rows * 9)
+    monkeypatch.setattr(objectives, "_ROWS", 1)
+    settings = Alignment(train="unused", infonce=infonce)
+    columns = torch.stack([unit(9, 5, 0), unit(9, 5, 1)]).requires_grad_()
+    keys = torch.tensor([[i, 20 + i, 0] for i in range(9)])
+    keys[4, 1], keys[7, 0], keys[[3, 8], 2] = keys[2, 1], keys[0, 0], 7
+    found = objectives.contrast(columns[:, 2:8], columns, keys[2:8], keys, 2, settings)
+    sets = [{i} for i in range(2, 8)]
+    sets[0].add(4), sets[2].add(2), sets[5].add(0), sets[1].add(8)
+    wanted = reference.info_nce(columns[0, 2:8], columns[1], sets, settings.temperature)
+    if infonce == "symmetric":
+        wanted = (wanted + reference.info_nce(columns[1, 2:8], columns[0], sets, settings.temperature)) / 2
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
+    (ours,), (theirs,) = torch.autograd.grad(found, columns), torch.autograd.grad(wanted, columns)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_contrast_keeps_no_matrix_of_all_similarities():
+    """What autograd holds for the backward pass, counted: rows and columns, however many pairs there are."""
+    settings = Alignment(train="unused")
+    pairs, hidden = 3000, 4
+    embeddings = F.normalize(torch.randn(2, pairs, hidden), dim=-1).requires_grad_()
+    keys = torch.arange(3 * pairs).view(3, pairs).T
+    held: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = objectives.contrast(embeddings, embeddings, keys, keys, 0, settings)
+    loss.backward()
+    assert sum(held.values()) < pairs * pairs
+
+
 def gradients_in_chunks_and_in_one_graph(values: dict, zero: dict) -> float:
     """Relative error of the chunked gradient against that of one graph over the same encodings."""
     from deepspeed.utils import safe_get_full_grad
 
-    from mlalign import distributed, model, objectives
+    from mlalign import distributed, model
     from mlalign.commands import train
     from mlalign.data import collate_bitext, pair_keys
     from mlalign.dataset import load_dataset
@@ -121,8 +161,6 @@ def test_chunked_alignment_equals_one_graph_with_lora_dropout(ranks, settings, s
 
 
 def without_replay(values: dict) -> float:
-    from mlalign import objectives
-
     keep, objectives.set_random_state = objectives.set_random_state, lambda state: None
     try:
         return gradients_in_chunks_and_in_one_graph(values, {"zero_optimization": {"stage": 2}})

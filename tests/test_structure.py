@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "mlalign"
 #: Every module of a row may import from the rows above it and not from its own.
 LAYERS = [
     {"errors", "loss", "pooling", "retrieval", "plots", "languages", "demo_data", "demo_base"}
-    | {"tasks.prompts", "sifting", "corpora", "jobs", "kernels"},
+    | {"tasks.prompts", "sifting", "corpora", "jobs", "kernels", "prefetch"},
     {"launchers"},
     {"config", "distributed", "tasks", "tasks.slot_filling", "tasks.translation", "scoring"},
     {"tracker", "rundir", "schedule", "rows", "head", "tasks.items", "tasks.json_extraction", "memory", "examples"},
