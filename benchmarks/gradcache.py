@@ -3,7 +3,10 @@
 Real alignment steps of `mlalign train` on one rank: every pair against every other, whole batches against micro-batches
 of 64 pairs. Where a batch has several, they are encoded without gradient first and again with it (GradCache, Gao et al.
 2021), which costs a second forward pass: with adapters, whose backward pass costs about as much as a forward pass, at
-most 1.5 times the whole. Each run is a process of its own, for its memory; times are taken in turn.
+most 1.5 times the whole.
+
+Each run is a process of its own, and times are taken in turn. Memory is that of other processes, one after the other, in
+which glibc gives freed tensors back at once (MALLOC_MMAP_THRESHOLD_): otherwise it would be that of holes in the heap.
 """
 
 import argparse
@@ -79,7 +82,7 @@ def take_steps(values: dict, asked: Connection) -> None:
 
 def main(rounds: int) -> None:
     whole = [size for size in SIZES if size <= WHOLE]
-    runs = {(size, chunk): ([], []) for size in SIZES for chunk in sorted({CHUNK, size if size in whole else CHUNK})}
+    runs = {(size, chunk): [] for size in SIZES for chunk in sorted({CHUNK, size if size in whole else CHUNK})}
     with tempfile.TemporaryDirectory(prefix="gradcache-benchmark-") as name:
         folder = Path(name)
         values = {
@@ -90,34 +93,44 @@ def main(rounds: int) -> None:
             "optimizer": {"steps": 1},
         }
         pairs = write_pairs(folder / "pairs.jsonl")
-        context = multiprocessing.get_context("spawn")
-        pipes = {}
-        for size, chunk in runs:
+
+        def begin(size: int, chunk: int) -> Connection:
             section = {"train": pairs, "batch_size": size, "micro_batch_size": chunk}
-            pipes[size, chunk], theirs = context.Pipe()
+            ours, theirs = multiprocessing.get_context("spawn").Pipe()
             arguments = (values | {"alignment": section}, theirs)
-            context.Process(target=take_steps, args=arguments, daemon=True).start()
+            multiprocessing.get_context("spawn").Process(target=take_steps, args=arguments, daemon=True).start()
+            return ours
+
+        def step(pipe: Connection) -> tuple[float, int]:
+            pipe.send(True)
+            return pipe.recv()
+
+        timed = {run: begin(*run) for run in runs}
         for number in range(1 + rounds):
-            for run, (seconds, memory) in runs.items():
-                pipes[run].send(True)
-                second, peak = pipes[run].recv()
+            for run, pipe in timed.items():
+                second, _ = step(pipe)
                 if number:  # the first allocates what stays
-                    seconds.append(second)
-                    memory.append(peak)
-        for pipe in pipes.values():
+                    runs[run].append(second)
+        for pipe in timed.values():
             pipe.send(False)
-    report(runs)
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+        peaks = {}
+        for run in runs:
+            pipe = begin(*run)
+            _, peaks[run] = step(pipe)
+            pipe.send(False)
+    report(runs, peaks)
 
 
-def report(runs: dict[tuple[int, int], tuple[list[float], list[int]]]) -> None:
-    base = statistics.median(runs[CHUNK, CHUNK][1])
+def report(runs: dict[tuple[int, int], list[float]], peaks: dict[tuple[int, int], int]) -> None:
+    base = peaks[CHUNK, CHUNK]
     table = Table(
         "pairs", "at a time", "seconds", "ms a pair", "of the whole batch's", "peak, MiB", f"of {CHUNK} pairs'"
     )
-    for (size, chunk), (seconds, memory) in runs.items():
+    for (size, chunk), seconds in runs.items():
         whole = runs.get((size, size))
-        ratio = statistics.median(a / b for a, b in zip(seconds, whole[0])) if whole else None
-        second, peak = statistics.median(seconds), statistics.median(memory)
+        ratio = statistics.median(a / b for a, b in zip(seconds, whole)) if whole else None
+        second, peak = statistics.median(seconds), peaks[size, chunk]
         table.add_row(
             f"{size:,}",
             "all" if chunk == size else f"{chunk}",
