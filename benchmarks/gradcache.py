@@ -5,8 +5,8 @@ of 64 pairs. Where a batch has several, they are encoded without gradient first 
 2021), which costs a second forward pass: with adapters, whose backward pass costs about as much as a forward pass, at
 most 1.5 times the whole.
 
-Each run is a process of its own, and times are taken in turn. Memory is that of other processes, one after the other, in
-which glibc gives freed tensors back at once (MALLOC_MMAP_THRESHOLD_): otherwise it would be that of holes in the heap.
+Each run is a process of its own, and times are taken in turn. Memory is that of other processes, one after the other,
+in which glibc gives freed tensors back at once (MALLOC_MMAP_THRESHOLD_), or it would be that of holes in the heap.
 """
 
 import argparse
