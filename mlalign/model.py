@@ -302,10 +302,11 @@ def engine_config(config: Config, zero: dict[str, Any]) -> dict[str, Any]:
 
     DeepSpeed is told of one micro-batch per step, because `objectives` owns the accumulation.
     """
+    reduces_in_backward = zero["zero_optimization"]["stage"] >= 2  # then `objectives.one_reduction` has DeepSpeed wait
     return zero | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
+        "managed_gradient_accumulation": reduces_in_backward and config.lora is not None,
         "gradient_clipping": config.optimizer.clip,
         "bf16": {"enabled": precision_dtype(config.model.precision) == torch.bfloat16},
         "zero_allow_untested_optimizer": True,

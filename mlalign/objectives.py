@@ -6,11 +6,12 @@ DeepSpeed averages gradients over the ranks. The factors here are such that afte
     alignment loss  InfoNCE over the global alignment batch, every pair against every other
 
 Each `engine.backward` follows exactly one `engine(...)`, or ZeRO-3 overwrites gradients instead of adding them up; task
-batches come first in a step, see `schedule.batches`. The engine runs with `managed_gradient_accumulation` off: a step
-ends when `engine.step()` is called, and only then does ZeRO hand every gradient of the step to the optimizer. With the
-boundary set by hand, ZeRO-1 and 2 with an offloaded optimizer forget what the last backward did not reach.
+batches come first in a step, see `schedule.batches`. Gradients are averaged once a step, see `one_reduction`. With
+DeepSpeed's accumulation boundary set by hand, ZeRO-1 and 2 with an offloaded optimizer would forget what the last
+backward did not reach.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,15 @@ class BitextChunk(NamedTuple):
 
     passes: Passes  #: see `data.collate_bitext`
     keys: torch.Tensor  #: [pairs, 3], see `data.pair_keys`
+
+
+def one_reduction(engine) -> AbstractContextManager:
+    """Around all backward passes of a step: gradients are averaged over the ranks at its end, once.
+
+    ZeRO-0 and 1 do so by themselves, in `engine.step()`. ZeRO-2 and 3 average after each backward, to keep a shard of
+    what would not fit whole: they still do in full fine-tuning. Gradients of adapters are small, and wait.
+    """
+    return engine.coalesce_grad_reduction() if engine.managed_gradient_accumulation() else nullcontext()
 
 
 def task_backward(

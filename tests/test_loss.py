@@ -130,10 +130,9 @@ def gradients_in_chunks_and_in_one_graph(values: dict, zero: dict) -> float:
         return engine
 
     engine = build(zero)
-    objectives.align_backward(engine, chunks, config.alignment, 1.0)
+    with objectives.one_reduction(engine):
+        objectives.align_backward(engine, chunks, config.alignment, 1.0)
     names = [name for name, p in engine.module.named_parameters() if p.requires_grad]
-    if engine.zero_optimization_stage() < 3:
-        engine.optimizer.finalize_gradient_accumulation_boundary()
     found = {n: safe_get_full_grad(p) for n, p in engine.module.named_parameters() if p.requires_grad}
     engine.destroy()
 

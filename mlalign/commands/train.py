@@ -23,6 +23,7 @@ from mlalign.evaluation import evaluate, to_device
 from mlalign.objectives import (
     BitextChunk,
     align_backward,
+    one_reduction,
     random_state,
     rest_untouched,
     set_random_state,
@@ -165,29 +166,36 @@ def measure(config: Config, steps: int) -> dict[str, float]:
 
 def _backward(engine, config: Config, dataset: Dataset, step: int, pad: int, meter: Meter) -> bool:
     """All forward and backward passes of one optimizer step. Returns whether a task batch was among them."""
-    rank, ranks = distributed.rank(), distributed.world_size()
     weight = config.alignment.weight if config.alignment else 0.0
     batches = schedule.batches(config.interleave, weight, step)
-    for batch in batches:
-        if batch.objective == "task":
-            rows = dataset.orders["task"].take(batch.count * config.task.batch_size)
-            shares = [each[rank] for each in slices(rows, config.task.micro_batch_size, ranks)]
-            passes = [collate_task(share, pad) for share in shares]
-            counts = _token_counts(passes)
-            passes = [to_device(inputs, engine.device) for inputs in passes]
-            loss = task_backward(engine, passes, sum(row.learned for row in rows), batch.weight)
-            meter.add("task", loss, **counts)
-        else:
-            pairs = dataset.orders["alignment"].take(config.alignment.batch_size)
-            chunks, counts = [], {"tokens": 0, "positions": 0}
-            for each in slices(pairs, config.alignment.micro_batch_size, ranks):
-                passes = collate_bitext(each[rank], pad, prefers_one_pass(each))
-                counts = {name: counts[name] + more for name, more in _token_counts(passes).items()}
-                passes = [to_device(inputs, engine.device) for inputs in passes]
-                chunks.append(BitextChunk(passes, pair_keys(each[rank]).to(engine.device)))
-            loss = align_backward(engine, chunks, config.alignment, batch.weight)
-            meter.add("alignment", loss / ranks, **counts, pairs=len(pairs) // ranks)
+    with one_reduction(engine):
+        for batch in batches:
+            backward = _task_batch if batch.objective == "task" else _alignment_batch
+            backward(engine, config, dataset, batch, pad, meter)
     return batches[0].objective == "task"
+
+
+def _task_batch(engine, config: Config, dataset: Dataset, batch: schedule.Batch, pad: int, meter: Meter) -> None:
+    rows = dataset.orders["task"].take(batch.count * config.task.batch_size)
+    shares = [each[distributed.rank()] for each in slices(rows, config.task.micro_batch_size, distributed.world_size())]
+    passes = [collate_task(share, pad) for share in shares]
+    counts = _token_counts(passes)
+    passes = [to_device(inputs, engine.device) for inputs in passes]
+    loss = task_backward(engine, passes, sum(row.learned for row in rows), batch.weight)
+    meter.add("task", loss, **counts)
+
+
+def _alignment_batch(engine, config: Config, dataset: Dataset, batch: schedule.Batch, pad: int, meter: Meter) -> None:
+    rank, ranks = distributed.rank(), distributed.world_size()
+    pairs = dataset.orders["alignment"].take(config.alignment.batch_size)
+    chunks, counts = [], {"tokens": 0, "positions": 0}
+    for each in slices(pairs, config.alignment.micro_batch_size, ranks):
+        passes = collate_bitext(each[rank], pad, prefers_one_pass(each))
+        counts = {name: counts[name] + more for name, more in _token_counts(passes).items()}
+        passes = [to_device(inputs, engine.device) for inputs in passes]
+        chunks.append(BitextChunk(passes, pair_keys(each[rank]).to(engine.device)))
+    loss = align_backward(engine, chunks, config.alignment, batch.weight)
+    meter.add("alignment", loss / ranks, **counts, pairs=len(pairs) // ranks)
 
 
 def _optimizer_step(engine, lr: float, with_task: bool, measure: bool) -> float | None:

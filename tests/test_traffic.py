@@ -1,16 +1,18 @@
-"""ZeRO-3's prefetch traces under a real engine on two ranks, by DeepSpeed's own counters."""
+"""What a step sends, with a real engine on two ranks: ZeRO-3's gathers by DeepSpeed's own counters, and reductions."""
 
 import json
+from collections import Counter
 
 import pytest
+import torch
 from conftest import TEXT, write_jsonl
+from torch.utils._python_dispatch import TorchDispatchMode
 
 STEPS = 6
 
 
 def traffic(values: dict) -> tuple[int, int, int]:
     """Of the steps after the third: invalidated traces, gather calls, gathered elements."""
-    import torch
     from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
     from deepspeed.runtime.zero import partitioned_param_profiler as profiler
 
@@ -103,3 +105,42 @@ def test_no_interleaving_loses_a_trace(ranks, zero3, changes):
     for section, values in changes.items():
         zero3[section] = zero3.get(section, {}) | values
     assert ranks(2).run(traffic, zero3)[0][0] == 0
+
+
+class _Reductions(TorchDispatchMode):
+    """Counts collectives that add up over ranks, by their number of elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d" and "reduce" in function._opname:
+            tensors = args[0] if isinstance(args[0], list) else [args[0]]
+            self.found[sum(tensor.numel() for tensor in tensors)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def reductions(values: dict) -> dict[int, int]:
+    from mlalign.commands import train
+    from mlalign.config import Config
+
+    running = train.real_steps(Config.model_validate(values))
+    next(running)
+    with _Reductions() as seen:
+        next(running)
+    return dict(seen.found)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_of_adapters_are_averaged_once_a_step(ranks, settings, tmp_path, stage):
+    """However many micro-batches there are: the same collectives as with one of each objective."""
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    settings["deepspeed"] = str(path)
+    settings["task"]["micro_batch_size"] = 4
+    once = ranks(2).run(reductions, settings)[0]
+    settings["task"]["micro_batch_size"] = 1
+    often = ranks(2).run(reductions, settings)[0]
+    assert often == once
+    assert max(once) > 1000, "no gradient was averaged"
