@@ -202,8 +202,9 @@ def zero_traffic(
 
     Rajbhandari et al. 2020, section 7: with psi parameters, ZeRO-0 to 2 move 2 psi, ZeRO-3 moves 3 psi. DeepSpeed 0.19,
     as mlalign drives it, moves more. ZeRO-1 and 2 all-reduce the gradients (use_multi_rank_bucket_allreduce) and then
-    gather the new parameters: 3 psi. ZeRO-2 and 3 reduce after each backward. ZeRO-3 gathers `ahead` elements at once,
-    in each forward and backward, but in the backward none of the last `kept` elements of the forward: they stay.
+    gather the new parameters: 3 psi. ZeRO-2 and 3 reduce after each backward, but gradients of adapters once. ZeRO-3
+    gathers `ahead` elements at once, in each forward and backward, but in the backward none of the last `kept` elements
+    of the forward: they stay.
     """
     task, gathers = passes[0], []
     if stage == 3:
@@ -212,7 +213,8 @@ def zero_traffic(
     elif stage:
         gathers = [Traffic("all-gather", width * task.trainable)]
     kind = "reduce-scatter" if stage == 3 else "all-reduce"
-    reduced = passes if stage >= 2 else passes[:1]
+    each_backward = stage >= 2 and task.trainable == task.parameters
+    reduced = passes if each_backward else passes[:1]
     return gathers + [Traffic(kind, width * each.trainable, ceil(each.trainable / bucket)) for each in reduced]
 
 

@@ -65,6 +65,7 @@ def test_frozen_parameters_are_gathered_and_not_reduced():
     assert (gathered.kind, gathered.whole, gathered.calls) == ("all-gather", 3400, 17)
     assert (reduced.kind, reduced.whole, reduced.calls) == ("reduce-scatter", 20, 1)
     assert [each.whole for each in paper.zero_traffic(1, [frozen], width=2)] == [20, 20]
+    assert len(paper.zero_traffic(3, [frozen, frozen])) == 3, "gradients of adapters are reduced once"
 
 
 def test_states_are_sharded_as_zero_shards_them():
