@@ -103,6 +103,7 @@ def _retrieval_accuracy(embeddings: torch.Tensor, pairs: list[Pair]) -> float:
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The batch on a device; on a GPU without waiting for it."""
     if device.type == "cuda":  # a copy out of pageable memory may wait for all that the GPU has still to do
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
