@@ -98,13 +98,14 @@ class Reach(NamedTuple):
 
     parameters: int
     trainable: int
+    tensors: int  #: large ones
 
 
 def reach(model: Llama, lora: int, layers: int, head: bool) -> Reach:
     """Embeddings and so many blocks, and the LM head or not. lora: the adapters' rank, 0 = all is trained."""
     frozen = layers * model.block + model.words * (1 + head)
     adapters = layers * model.adapter(lora)
-    return Reach(frozen + adapters, adapters if lora else frozen)
+    return Reach(frozen + adapters, adapters if lora else frozen, layers * len(model.matrices) + 1 + head)
 
 
 # ------------------------------------------------------------------------------------------------------------ network
@@ -203,13 +204,14 @@ def zero_traffic(
     Rajbhandari et al. 2020, section 7: with psi parameters, ZeRO-0 to 2 move 2 psi, ZeRO-3 moves 3 psi. DeepSpeed 0.19,
     as mlalign drives it, moves more. ZeRO-1 and 2 all-reduce the gradients (use_multi_rank_bucket_allreduce) and then
     gather the new parameters: 3 psi. ZeRO-2 and 3 reduce after each backward, but gradients of adapters once. ZeRO-3
-    gathers `ahead` elements at once, in each forward and backward, but in the backward none of the last `kept` elements
-    of the forward: they stay.
+    gathers `ahead` elements at once, or a larger tensor, in each forward and backward, but in the backward none of the
+    last `kept` elements of the forward: they stay.
     """
     task, gathers = passes[0], []
     if stage == 3:
-        elements = [2 * each.parameters - min(kept, each.parameters) for each in passes]
-        gathers = [Traffic("all-gather", width * count, ceil(count / ahead)) for count in elements]
+        for each in passes:
+            elements = 2 * each.parameters - min(kept, each.parameters)
+            gathers.append(Traffic("all-gather", width * elements, min(2 * each.tensors, ceil(elements / ahead))))
     elif stage:
         gathers = [Traffic("all-gather", width * task.trainable)]
     kind = "reduce-scatter" if stage == 3 else "all-reduce"

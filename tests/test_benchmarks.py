@@ -50,7 +50,7 @@ def test_shapes_have_the_parameters_they_are_known_for():
 @pytest.mark.parametrize(("stage", "task", "joint"), [(0, 2, 2), (1, 3, 3), (2, 3, 4), (3, 3, 4.5)])
 def test_volumes_in_units_of_the_parameters(stage, task, joint):
     """In rings; alignment reaches half of the parameters."""
-    all_, half = paper.Reach(1000, 1000), paper.Reach(500, 500)
+    all_, half = paper.Reach(1000, 1000, 10), paper.Reach(500, 500, 5)
 
     def units(*passes):
         traffic = paper.zero_traffic(stage, list(passes), width=1, kept=0)
@@ -60,14 +60,15 @@ def test_volumes_in_units_of_the_parameters(stage, task, joint):
 
 
 def test_frozen_parameters_are_gathered_and_not_reduced():
-    frozen = paper.Reach(1000, 10)
+    frozen = paper.Reach(1000, 10, 10)
     gathered, reduced = paper.zero_traffic(3, [frozen], width=2, ahead=100, kept=300)
     assert (gathered.kind, gathered.whole, gathered.calls) == ("all-gather", 3400, 17)
+    assert paper.zero_traffic(3, [frozen], ahead=10)[0].calls == 20, "a tensor is gathered in one piece"
     assert (reduced.kind, reduced.whole, reduced.calls) == ("reduce-scatter", 20, 1)
     assert [each.whole for each in paper.zero_traffic(1, [frozen], width=2)] == [20, 20]
     assert len(paper.zero_traffic(3, [frozen, frozen])) == 3, "gradients of adapters are reduced once"
 
 
 def test_states_are_sharded_as_zero_shards_them():
-    full = paper.Reach(1000, 1000)
+    full = paper.Reach(1000, 1000, 10)
     assert [paper.states(stage, full, 4) for stage in range(4)] == [16_000, 7000, 5500, 4000]
