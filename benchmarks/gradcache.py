@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"  # a thread that waits for its turn at a core would spin
 
 from byte_llama import save_byte_llama
+from resident import forget_peak, resident
 from rich.console import Console
 from rich.table import Table
 
@@ -52,15 +52,6 @@ def write_pairs(path: Path) -> str:
     return str(path)
 
 
-def resident(kind: str) -> int:
-    """Bytes of this process: RSS now, HWM at most since `forget_peak`."""
-    return int(re.search(rf"Vm{kind}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def take_steps(values: dict, asked: Connection) -> None:
     """In a process of its own: for each request a step, answered by its seconds and its memory.
 
@@ -72,17 +63,17 @@ def take_steps(values: dict, asked: Connection) -> None:
     running = real_steps(Config.model_validate(values))
     small = values | {"alignment": values["alignment"] | {"batch_size": 8, "micro_batch_size": 8}}
     next(real_steps(Config.model_validate(small)))
-    before = resident("RSS")
+    before = resident("VmRSS")
     while asked.recv():
         forget_peak()
         start = time.perf_counter()
         next(running)
-        asked.send((time.perf_counter() - start, resident("HWM") - before))
+        asked.send((time.perf_counter() - start, resident("VmHWM") - before))
 
 
 def main(rounds: int) -> None:
-    whole = [size for size in SIZES if size <= WHOLE]
-    runs = {(size, chunk): [] for size in SIZES for chunk in sorted({CHUNK, size if size in whole else CHUNK})}
+    in_chunks, whole = [(size, CHUNK) for size in SIZES], [(size, size) for size in SIZES if size <= WHOLE]
+    runs = {run: [] for run in sorted({*in_chunks, *whole})}
     with tempfile.TemporaryDirectory(prefix="gradcache-benchmark-") as name:
         folder = Path(name)
         values = {

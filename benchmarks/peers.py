@@ -49,6 +49,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # with more, threads that wait for each oth
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
 
 from byte_llama import save_byte_llama
+from resident import forget_peak, resident
 from rich.console import Console
 from rich.table import Table
 
@@ -241,7 +242,7 @@ def serve(pipe, run: Callable, check: Work, work: Work) -> None:
     check_loss = run(check, lambda: None)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps for later would be used and not counted
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    forget_peak()
     before = resident("VmRSS")
     pipe.send(check_loss)
     pipe.recv()
@@ -256,12 +257,6 @@ def serve(pipe, run: Callable, check: Work, work: Work) -> None:
 
     loss = run(work, after_step)
     pipe.send((loss, resident("VmHWM") - before))
-
-
-def resident(name: str) -> int:
-    """Bytes: VmRSS is what is resident now, VmHWM the most since the mark was reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def race(contestants: list[Contestant]) -> None:

@@ -25,6 +25,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from byte_llama import save_byte_llama
+from resident import forget_peak, resident
 from rich.console import Console
 from rich.table import Table
 
@@ -95,12 +96,6 @@ def config_of(size: str, shape: str, stage: str, folder: Path) -> dict[str, Any]
     }
 
 
-def resident(name: str) -> int:
-    """Bytes: VmRSS is what is resident now, VmHWM the most since the mark was reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
 def measure(path: str) -> None:
     """On each rank, for each pair of configs: train nearly nothing, then train; print what the second took."""
     from mlalign.commands.train import train
@@ -108,7 +103,7 @@ def measure(path: str) -> None:
     for small, large in json.loads(Path(path).read_text()):
         train(Config.model_validate(small))
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        forget_peak()
         before = resident("VmRSS")
         train(Config.model_validate(large))
         peaks = distributed.gather_objects(resident("VmHWM") - before)

@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from resident import resident
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -91,8 +92,7 @@ def measure(way: str, model: str, task: str, bitext: str) -> dict[str, float]:
 
 def _resident() -> dict[str, float]:
     """MiB of this process: its own, and mapped from files, which processes share."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {"own": int(lines["RssAnon"].split()[0]) / 1024, "shared": int(lines["RssFile"].split()[0]) / 1024}
+    return {"own": resident("RssAnon") / 2**20, "shared": resident("RssFile") / 2**20}
 
 
 def main(model: str | None, task: str | None, bitext: str | None) -> None:
