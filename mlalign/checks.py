@@ -117,19 +117,17 @@ def _attention() -> Iterator[Finding]:
 
 
 def _kernels(config: Config | None) -> Iterator[Finding]:
-    builders = [] if distributed.uses_cuda() else ["ShareMemCommBuilder"]
-    if config and offloads_optimizer(read_deepspeed(config.deepspeed)):
-        builders.append("CPUAdamBuilder")
-    for builder in builders:
-        state = kernels.state(builder)
-        if state.ready:
-            yield Finding("ok", "kernels", f"{state.name} is compiled")
-        elif state.missing:
-            yield Finding(
-                "problem", "kernels", f"{state.name} is to be compiled, but there is no {state.missing}: install it"
-            )
-        else:
-            yield Finding("ok", "kernels", f"{state.name} will be compiled into {state.folder}: a minute, once")
+    if not config or not offloads_optimizer(read_deepspeed(config.deepspeed)):
+        return
+    state = kernels.state("CPUAdamBuilder")
+    if state.ready:
+        yield Finding("ok", "kernels", f"{state.name} is compiled")
+    elif state.missing:
+        yield Finding(
+            "problem", "kernels", f"{state.name} is to be compiled, but there is no {state.missing}: install it"
+        )
+    else:
+        yield Finding("ok", "kernels", f"{state.name} will be compiled into {state.folder}: a minute, once")
 
 
 def _threads() -> Iterator[Finding]:

@@ -64,13 +64,15 @@ def test_a_machine_that_can_train(recipe):
     assert not done.stderr
     levels = [line.split()[0] for line in done.stdout.splitlines()[:-1]]
     assert set(levels) <= {"ok", "note"}
-    for expected in ("torch 2.", "deepspeed_shm_comm", "UTF-8", "config, tokenizer and weights are there", "1 file"):
+    for expected in ("torch 2.", "UTF-8", "config, tokenizer and weights are there", "1 file"):
         assert expected in done.stdout
 
 
 def test_two_ranks_see_each_other(tmp_path, recipe):
+    before = set(Path("/dev/shm").glob("deepspeed*"))
     code, (first, second) = ask_together([recipe()], {})
     assert code == 0, first
+    assert set(Path("/dev/shm").glob("deepspeed*")) == before
     assert not second.strip()
     for expected in (
         "0-1",
@@ -146,10 +148,10 @@ def test_kernels_that_cannot_be_compiled(monkeypatch, tmp_path, recipe):
     path = recipe(deepspeed="ds_configs/zero2_offload.json")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     config = Config.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
-    lines = [one.text for one in checks.check_here(config) if one.subject == "kernels"]
-    assert [line.split(" will be")[0] for line in lines] == ["deepspeed_shm_comm", "cpu_adam"]
+    (line,) = [one.text for one in checks.check_here(config) if one.subject == "kernels"]
+    assert line.startswith("cpu_adam will be compiled into")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert ["there is no no-such-compiler: install it" in problem for problem in problems_of(path)] == [True, True]
+    assert ["there is no no-such-compiler: install it" in problem for problem in problems_of(path)] == [True]
 
 
 def test_ranks_that_cannot_share_a_batch(tmp_path, recipe):

@@ -11,7 +11,7 @@ from conftest import alone_in_the_world
 
 from mlalign import kernels
 
-LOAD = "from mlalign import kernels; kernels.load('ShareMemCommBuilder'); print('loaded')"
+LOAD = "from mlalign import kernels; kernels.load('CPUAdamBuilder'); print('loaded')"
 
 
 def loading(**environment: str) -> subprocess.Popen:
@@ -28,7 +28,7 @@ def loading(**environment: str) -> subprocess.Popen:
 def lock() -> Path:
     """Where torch's lock lies beside a kernel that is compiled."""
     assert "loaded" in loading().communicate(timeout=300)[0]
-    return kernels.state("ShareMemCommBuilder").folder / "lock"
+    return kernels.state("CPUAdamBuilder").folder / "lock"
 
 
 def test_a_lock_left_by_a_killed_process_holds_nobody_up(lock):
@@ -50,7 +50,7 @@ def test_a_lock_that_is_held_is_waited_for(lock):
 
 
 def test_an_activated_environment_and_a_bare_one_compile_once(lock, tmp_path):
-    kernel = lock.with_name("deepspeed_shm_comm.so")
+    kernel = lock.with_name("cpu_adam.so")
     compiled = kernel.stat().st_mtime_ns
     other = tmp_path / "ninja"  # of a version whose notes on what is compiled the environment's own cannot read
     other.write_text("#!/bin/sh\nexit 1\n")

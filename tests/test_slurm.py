@@ -16,18 +16,14 @@ from cluster import NODES, slurm
 from conftest import write_jsonl
 from omegaconf import OmegaConf
 
-from mlalign import kernels
-
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 DATA = ROOT.parent / "shared" / "data"
-#: Kernels are taken from where other tests have compiled them, for a node of its own would take a minute.
-COMPILED = kernels.state("ShareMemCommBuilder").folder.parent
-SITE = f"""\
+SITE = """\
 NODES=2
-WARNING=${{WARNING:-30}}
-DOCTOR=${{DOCTOR:-no}}
-export DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR={COMPILED}
+WARNING=${WARNING:-30}
+DOCTOR=${DOCTOR:-no}
+export DS_ACCELERATOR=cpu
 """
 
 
@@ -312,7 +308,7 @@ def test_srun_gives_the_losses_of_torchrun(cluster, recipe):
     here, run_here = recipe("torchrun", optimizer={"steps": 3})
     there, run_there = recipe("srun", optimizer={"steps": 3})
     wrapped = f"--wrap=NPROC=2 {ROOT}/launch/srun.sh {there}"
-    words = ["--nodes=1", "--ntasks-per-node=2", "--output=srun.log", f"--export=ALL,TORCH_EXTENSIONS_DIR={COMPILED}"]
+    words = ["--nodes=1", "--ntasks-per-node=2", "--output=srun.log"]
     job = re.search(r"\d+", cluster.ask("sbatch", *words, wrapped))[0]
     cluster.ask(ROOT / "launch" / "torchrun.sh", here, NPROC="2", timeout=240)
     assert cluster.wait(job)["JobState"] == "COMPLETED", (cluster.folder / "srun.log").read_text()
