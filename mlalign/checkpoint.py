@@ -7,48 +7,138 @@
 Everything is written aside and renamed, and `latest` moves last: what is there under its name is whole.
 """
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import safe_get_full_fp32_param
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
-from mlalign import distributed
+from mlalign import distributed, jobs
 from mlalign.errors import UserError
 from mlalign.rundir import write_whole
 
 
-def save(engine, run_dir: Path, step: int, state: dict[str, Any], own: dict[str, Any]) -> None:
-    """Write a checkpoint of the engine, `state` (JSON) and every rank's `own` (tensors). Called by all ranks."""
-    folder, name = run_dir / "checkpoints", f"step-{step:06d}"
-    partial = folder / "partial"
-    if distributed.is_main():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    distributed.barrier()
-    frozen = any(not p.requires_grad for p in engine.module.parameters())
-    with _said_in_one_sentence(partial):
-        engine.save_checkpoint(str(partial), tag=name, save_latest=False, exclude_frozen_parameters=frozen)
-        torch.save(own, partial / name / f"rank-{distributed.rank()}.pt")
-    distributed.barrier()
-    if distributed.is_main():
-        layout = {"world_size": distributed.world_size(), "zero_stage": engine.zero_optimization_stage()}
-        (partial / name / "state.json").write_text(json.dumps({"step": step, **layout, **state}, indent=2))
+class _Pending(NamedTuple):
+    """A checkpoint on its way."""
+
+    step: int
+    name: str
+    state: dict[str, Any]
+    keep: set[int]
+    written: Future[None] | None  #: None: already
+
+
+class Saver:
+    """Saves the checkpoints of a run, one at a time; in the background if asked to.
+
+    There what is saved is copied to host memory, a thread writes it while training goes on, and a later `poll` gives it
+    its name. Until then it does not exist: a run that is killed meanwhile goes on from the one before.
+    """
+
+    def __init__(self, engine, run_dir: Path, in_background: bool) -> None:
+        self._engine, self._run_dir = engine, run_dir
+        self._folder, self._partial = run_dir / "checkpoints", run_dir / "checkpoints" / "partial"
+        self._thread = ThreadPoolExecutor(1) if in_background else None
+        self._pending: _Pending | None = None
+
+    def save(self, step: int, state: dict[str, Any], own: dict[str, Any], keep: set[int]) -> None:
+        """Write a checkpoint of the engine, `state` (JSON) and every rank's `own` (tensors). Called by all ranks.
+
+        Then those of all steps but this and `keep` are deleted.
+        """
+        self.finish()
+        name = f"step-{step:06d}"
+        if distributed.is_main():
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir(parents=True)
+        distributed.barrier()
+        with _said_in_one_sentence(self._partial):
+            written = self._write_engine(name)
+            torch.save(own, self._partial / name / f"rank-{distributed.rank()}.pt")
+        self._pending = _Pending(step, name, state, keep, written)
+        if written is None:
+            self.finish()
+
+    def poll(self) -> None:
+        """Give a checkpoint its name as soon as every rank has written its part. Called by all ranks."""
+        if self._pending and not distributed.any_rank(not self._pending.written.done()):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for what is being written. Called by all ranks. Raises UserError, on all, where one could not write."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        if pending.written is not None:
+            failure = None
+            try:
+                with _said_in_one_sentence(self._partial):
+                    pending.written.result()
+            except UserError as error:
+                failure = str(error)
+            failures = [each for each in distributed.gather_objects(failure) if each]
+            if failures:
+                raise UserError(failures[0])
+        distributed.barrier()
+        if distributed.is_main():
+            self._give_name(pending)
+        distributed.barrier()
+
+    def _write_engine(self, name: str) -> Future[None] | None:
+        frozen = any(not p.requires_grad for p in self._engine.module.parameters())
+        arguments = {"tag": name, "save_latest": False, "exclude_frozen_parameters": frozen}
+        if self._thread is None:
+            self._engine.save_checkpoint(str(self._partial), **arguments)
+            return None
+        writer, copies = self._engine.checkpoint_engine, _Copies()
+        self._engine.checkpoint_engine = copies
+        try:
+            self._engine.save_checkpoint(str(self._partial), **arguments)
+        finally:
+            self._engine.checkpoint_engine = writer
+        return self._thread.submit(copies.write)
+
+    def _give_name(self, pending: _Pending) -> None:
+        folder, name = self._folder, pending.name
+        layout = {"world_size": distributed.world_size(), "zero_stage": self._engine.zero_optimization_stage()}
+        state = {"step": pending.step, **layout, **pending.state}
+        (self._partial / name / "state.json").write_text(json.dumps(state, indent=2))
         old = folder / f"{name}.old"  # an evaluation after a resume saves the same step again
         if (folder / name).exists():
             (folder / name).rename(old)
-        (partial / name).rename(folder / name)
+        (self._partial / name).rename(folder / name)
         shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(partial)  # DeepSpeed leaves a script beside the checkpoint
+        shutil.rmtree(self._partial)  # DeepSpeed leaves a script beside the checkpoint
         write_whole(folder / "latest", name)
-    distributed.barrier()
+        jobs.say_progress(f"{self._run_dir}: step {pending.step}")
+        _rotate(folder, {f"step-{step:06d}" for step in pending.keep} | {name})
+
+
+class _Copies(TorchCheckpointEngine):
+    """What DeepSpeed would write now, kept in host memory until `write`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: dict[Path, io.BytesIO] = {}
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        torch.save(state_dict, self._files.setdefault(Path(path), io.BytesIO()))
+
+    def write(self) -> None:
+        """Write the files, and let go of them."""
+        while self._files:
+            path, content = self._files.popitem()
+            path.write_bytes(content.getbuffer())
 
 
 @contextmanager
@@ -69,13 +159,9 @@ def _said_in_one_sentence(partial: Path) -> Iterator[None]:
         ) from error
 
 
-def rotate(run_dir: Path, keep: set[int]) -> None:
-    """Delete the checkpoints of all steps but `keep` and the latest. On rank 0."""
-    if not distributed.is_main():
-        return
-    names = {f"step-{step:06d}" for step in keep} | {latest(run_dir)}
-    for path in (run_dir / "checkpoints").glob("step-*"):
-        if path.name not in names:
+def _rotate(folder: Path, keep: set[str]) -> None:
+    for path in folder.glob("step-*"):
+        if path.name not in keep:
             shutil.rmtree(path)
 
 

@@ -41,6 +41,7 @@ class Model(BaseModel, extra="forbid"):
     path: str  #: a directory or a hub id of any decoder-only model
     attention: str = "auto"  #: auto = flash attention where installed and on CUDA, else sdpa; or a transformers name
     precision: Literal["auto", "bf16", "fp32"] = "auto"  #: auto = bf16 on CUDA, else fp32
+    packing: bool | Literal["auto"] = "auto"  #: rows without padding behind each other; auto = with flash attention
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
 
@@ -143,6 +144,8 @@ class Config(BaseModel, extra="forbid"):
     evaluation: Evaluation = Evaluation()
     deepspeed: str | None = None  #: a JSON file with ZeRO and communication keys; null = ZeRO-0
     checkpoint_every: int = Field(200, gt=0)  #: steps
+    async_checkpoint: bool | Literal["auto"] = "auto"
+    """Write checkpoints while training goes on, from a copy in host memory; auto = if the optimizer is on a GPU."""
     log_every: int = Field(10, gt=0)  #: steps
 
     @model_validator(mode="after")
@@ -190,7 +193,7 @@ class Config(BaseModel, extra="forbid"):
     def differences(self, other: "Config") -> list[str]:
         """Dotted keys whose values differ, apart from those that do not change the result."""
         mine, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
-        ignored = {"run_dir", "log_every"}
+        ignored = {"run_dir", "log_every", "async_checkpoint"}
         return sorted(k for k in mine.keys() | theirs.keys() if k not in ignored and mine.get(k) != theirs.get(k))
 
 

@@ -347,24 +347,36 @@ def _padded(rows: list[list[int]], fill: int) -> torch.Tensor:
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
 
 
-def collate_ids(rows: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
-    """Right-padded `input_ids` and `attention_mask`, each [rows, tokens]."""
+def collate_ids(rows: list[list[int]], pad: int | None) -> dict[str, torch.Tensor]:
+    """Rows for one pass, right-padded, or packed behind each other where `pad` is None.
+
+    Padded: `input_ids` and `attention_mask`, each [rows, width]. Packed: `input_ids` and `position_ids`, each [1,
+    tokens], every row's positions from 0 on; `attention_mask` of the padded rows; and `slots` [tokens], where in the
+    flattened padded rows each token would stand.
+    """
     mask = _padded([[1] * len(row) for row in rows], 0)
-    return {"input_ids": _padded(rows, pad), "attention_mask": mask}
+    if pad is not None:
+        return {"input_ids": _padded(rows, pad), "attention_mask": mask}
+    row, position = mask.nonzero(as_tuple=True)
+    ids = torch.tensor([[token for row in rows for token in row]])
+    slots = row * mask.shape[1] + position
+    return {"input_ids": ids, "position_ids": position[None], "attention_mask": mask, "slots": slots}
 
 
-def collate_task(batch: list[TaskExample], pad: int) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask`, [rows, tokens], and for each learned token, [learned]: `targets`, its id, and
-    `positions`, where in the flattened rows the state is that predicts it. None of it depends on the padding id."""
+def collate_task(batch: list[TaskExample], pad: int | None) -> dict[str, torch.Tensor]:
+    """`collate_ids`, and for each learned token, [learned]: `targets`, its id, and `positions`, where in the flattened
+    `input_ids` the state is that predicts it. None of it depends on the padding id."""
     inputs = collate_ids([example.ids for example in batch], pad)
-    predicted = _padded([example.labels[1:] for example in batch], IGNORED)
-    row, column = (predicted != IGNORED).nonzero(as_tuple=True)
-    positions = row * inputs["input_ids"].shape[1] + column
-    return inputs | {"positions": positions, "targets": predicted[row, column]}
+    labels = _padded([example.labels for example in batch], IGNORED)
+    labels[:, 0] = IGNORED  # nothing predicts the first token
+    if pad is None:
+        labels = labels.flatten()[inputs["slots"]]
+    learned = (labels.flatten() != IGNORED).nonzero().squeeze(1)
+    return inputs | {"positions": learned - 1, "targets": labels.flatten()[learned]}
 
 
-def collate_bitext(batch: list[Pair], pad: int, one_pass: bool) -> list[dict[str, torch.Tensor]]:
-    """The passes that encode both sides: one of [2 * pairs, tokens], src first, or two of [pairs, tokens]."""
+def collate_bitext(batch: list[Pair], pad: int | None, one_pass: bool) -> list[dict[str, torch.Tensor]]:
+    """The passes that encode both sides: one of 2 * pairs rows, src first, or two of `pairs`. See `collate_ids`."""
     src, tgt = [pair.src for pair in batch], [pair.tgt for pair in batch]
     return [collate_ids(side, pad) for side in ([src + tgt] if one_pass else [src, tgt])]
 
@@ -374,12 +386,14 @@ def pair_keys(batch: list[Pair]) -> torch.Tensor:
     return torch.tensor([pair.keys for pair in batch], dtype=torch.int64)
 
 
-def prefers_one_pass(shares: Iterable[list[Pair]]) -> bool:
-    """Whether both sides are better encoded in one padded pass than in two.
+def prefers_one_pass(shares: Iterable[list[Pair]], pad: int | None) -> bool:
+    """Whether both sides are better encoded in one pass than in two: always, where they are packed.
 
-    One pass pads both sides to the longer one; it is worth up to a tenth more tokens, because it starts half as many
-    kernels. `shares` are the micro-batches of all ranks, so that every rank decides alike.
+    One padded pass pads both sides to the longer one; it is worth up to a tenth more tokens, because it starts half as
+    many kernels. `shares` are the micro-batches of all ranks, so that every rank decides alike.
     """
+    if pad is None:
+        return True
     one = two = 0
     for share in shares:
         src, tgt = max(len(pair.src) for pair in share), max(len(pair.tgt) for pair in share)

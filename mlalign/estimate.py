@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from mlalign import model
+from mlalign import model, sharding
 from mlalign.activations import PaperModel, alignment_pass, on_paper, task_pass
 from mlalign.config import Config, read_deepspeed
 from mlalign.memory import Layout, Pass, checkpoint_size, model_states, phases
@@ -69,7 +69,7 @@ def estimate(job: Job) -> Estimate:
     if key not in job.traces:
         job.traces[key] = on_paper(config, job.layer, job.dtype)
     paper = job.traces[key]
-    groups = model.parameter_groups(paper.aligned, config.optimizer.weight_decay)
+    groups = sharding.parameter_groups(paper.aligned, config.optimizer.weight_decay)
     layout = Layout(
         zero=DeepSpeedZeroConfig(**job.zero),
         ranks=job.ranks,

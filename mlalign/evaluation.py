@@ -13,7 +13,12 @@ from mlalign.sampler import slices
 
 
 def evaluate(
-    engine, config: Config, task: Sequence[TaskExample], bitext: Sequence[Pair], pad: int, stop: Callable[[], bool]
+    engine,
+    config: Config,
+    task: Sequence[TaskExample],
+    bitext: Sequence[Pair],
+    pad: int | None,
+    stop: Callable[[], bool],
 ) -> dict[str, float] | None:
     """`dev/task_loss`, `dev/alignment_loss`, `dev/retrieval_accuracy`: what there is data for. Called by all ranks.
 
@@ -41,7 +46,7 @@ class _StoppedError(Exception):
 
 
 def task_loss(
-    engine, examples: Sequence[TaskExample], micro_batch_size: int, pad: int, stop: Callable[[], bool]
+    engine, examples: Sequence[TaskExample], micro_batch_size: int, pad: int | None, stop: Callable[[], bool]
 ) -> float:
     """NLL per learned token over all examples."""
     total = torch.zeros((), device=engine.device)
@@ -56,7 +61,7 @@ def task_loss(
 
 
 def embed_pairs(
-    engine, pairs: Sequence[Pair], micro_batch_size: int, pad: int, stop: Callable[[], bool]
+    engine, pairs: Sequence[Pair], micro_batch_size: int, pad: int | None, stop: Callable[[], bool]
 ) -> tuple[torch.Tensor, list[Pair]]:
     """Embeddings of all pairs on every rank, [2, pairs, hidden] on the CPU, and the pairs in the same order.
 
@@ -68,7 +73,7 @@ def embed_pairs(
         if stop():
             raise _StoppedError
         own = shares[distributed.rank()]
-        one_pass = prefers_one_pass([share for share in shares if share])
+        one_pass = prefers_one_pass([share for share in shares if share], pad)
         passes = collate_bitext(own or shares[0][:1], pad, one_pass)
         embeddings = engine(bitext=[to_device(inputs, engine.device) for inputs in passes])
         found.append(embeddings[:, : len(own)].cpu())

@@ -1,7 +1,7 @@
-"""The model: any Hugging Face decoder-only LM, adapters, the truncated forward, and the DeepSpeed engine around it.
+"""The model: any Hugging Face decoder-only LM, adapters, and the truncated forward.
 
-`AlignedModel` is what the engine wraps. One call of it is one forward pass of one objective; an alignment pass runs
-the first k decoder blocks and nothing else.
+`AlignedModel` is what the engine wraps, see `sharding`. One call of it is one forward pass of one objective; an
+alignment pass runs the first k decoder blocks and nothing else.
 """
 
 import copy
@@ -20,12 +20,11 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
-from mlalign import distributed, head, kernels
-from mlalign.config import Config, Lora, Model, offloads_optimizer
+from mlalign import distributed, head
+from mlalign.config import Config, Lora, Model
 from mlalign.errors import UserError
 from mlalign.loss import token_nll
 from mlalign.pooling import POOLERS
-from mlalign.prefetch import keep_a_trace_per_pass
 from mlalign.tracker import say
 
 _NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
@@ -251,6 +250,7 @@ class AlignedModel(nn.Module):
         self._pool = POOLERS[pooling]
         self._view = [truncated_decoder(lm, layer)]  # in a list, so that it is not registered as a submodule
         self._decoder = [decoder_parts(lm)[0]]
+        self._flash = "flash" in (self._decoder[0].config._attn_implementation or "")
         self.fused = False  #: whether the loss comes out of the LM head: see `fuse`
 
     def forward(
@@ -270,18 +270,30 @@ class AlignedModel(nn.Module):
         self.fused = head.is_plain(self.lm, self._decoder[0]) and head.fuse_head(self.lm)
 
     def _task_nll(self, task: dict[str, torch.Tensor]) -> torch.Tensor:
-        inputs = {name: task[name] for name in ("input_ids", "attention_mask")}
+        arguments = self._arguments(task)
         if not self.fused:
-            logits = self.lm(**inputs, use_cache=False).logits
+            logits = self.lm(**arguments).logits
             return token_nll(logits.flatten(0, 1)[task["positions"]], task["targets"])
-        states = self._decoder[0](**inputs, use_cache=False).last_hidden_state
+        states = self._decoder[0](**arguments).last_hidden_state
         learned = states.flatten(0, 1)[task["positions"]]
         return self.lm.get_output_embeddings()(learned, targets=task["targets"])
 
     def _pooled(self, passes: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        states = [self._view[0](**inputs, use_cache=False).last_hidden_state for inputs in passes]
-        rows = torch.cat([self._pool(state, inputs["attention_mask"]) for state, inputs in zip(states, passes)])
-        return rows.view(2, -1, rows.shape[-1])
+        states = [self._view[0](**self._arguments(inputs)).last_hidden_state for inputs in passes]
+        rows = [self._pool(_by_row(each, inputs), inputs["attention_mask"]) for each, inputs in zip(states, passes)]
+        return torch.cat(rows).view(2, -1, rows[0].shape[-1])
+
+    def _arguments(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """What a decoder is called with; inputs: see `data.collate_ids`."""
+        if "slots" not in inputs:
+            return {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
+        arguments = {name: inputs[name] for name in ("input_ids", "position_ids")} | {"use_cache": False}
+        if self._flash:  # or it would look for the rows' edges in every block, and wait for the GPU
+            mask = inputs["attention_mask"]
+            edges = nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
+            arguments |= {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
+            arguments |= {"max_length_q": mask.shape[1], "max_length_k": mask.shape[1]}
+        return arguments
 
     def train(self, mode: bool = True) -> "AlignedModel":
         super().train(mode)
@@ -294,117 +306,13 @@ class AlignedModel(nn.Module):
         return [p for p in self.lm.parameters() if p.requires_grad and id(p) not in reached]
 
 
-# ------------------------------------------------------------------------------------------------------------ engine
-
-
-def engine_config(config: Config, zero: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's config: ZeRO and communication from the user's file, the rest from ours.
-
-    DeepSpeed is told of one micro-batch per step, because `objectives` owns the accumulation.
-    """
-    reduces_in_backward = zero["zero_optimization"]["stage"] >= 2  # then `objectives.one_reduction` has DeepSpeed wait
-    return zero | {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": reduces_in_backward and config.lora is not None,
-        "gradient_clipping": config.optimizer.clip,
-        "bf16": {"enabled": precision_dtype(config.model.precision) == torch.bfloat16},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
-
-
-def parameter_groups(model: AlignedModel, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: reached by alignment or above it, times matrix (decayed) or vector (not).
-
-    The groups with `above` rest in steps without a task batch: AdamW would move them by its momentum alone.
-    """
-    above = {id(p) for p in model.above()}
-    groups: dict[tuple[bool, bool], list] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # ds_shape: whole, where ZeRO-3 shards
-            groups.setdefault((id(parameter) in above, matrix), []).append(parameter)
-    return [
-        {"params": parameters, "above": is_above, "weight_decay": weight_decay if matrix else 0.0}
-        for (is_above, matrix), parameters in sorted(groups.items(), key=lambda item: item[0])
-    ]
-
-
-def make_optimizer(config: Config, groups: list[dict[str, Any]], zero: dict[str, Any]) -> torch.optim.Optimizer:
-    """AdamW; DeepSpeed's CPU kernel where the optimizer is offloaded, which ZeRO demands."""
-    settings = config.optimizer
-    arguments = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
-    if offloads_optimizer(zero):
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        kernels.load("CPUAdamBuilder")
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
-    return torch.optim.AdamW(groups, fused=distributed.uses_cuda(), **arguments)
-
-
-def set_lr(optimizer, lr: float, rest_above: bool) -> None:
-    """Set every group's learning rate: `lr`, but 0 above the layer where this step must leave it alone."""
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0 if rest_above and group["above"] else lr
-
-
-def make_engine(model: AlignedModel, optimizer: torch.optim.Optimizer, deepspeed_config: dict[str, Any]):
-    """Wrap the model in a DeepSpeed engine."""
-    import deepspeed
-
-    clip = deepspeed_config["gradient_clipping"]
-    plain = deepspeed_config["zero_optimization"]["stage"] == 0 and not deepspeed_config["bf16"]["enabled"]
-    if plain:
-        deepspeed_config = deepspeed_config | {"gradient_clipping": 0.0}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
-    model.fuse()
-    keep_a_trace_per_pass(engine)
-    if plain:
-        # Without ZeRO the engine clips but keeps no norm: do both between its reduction and the optimizer's step.
-        parameters = [p for p in model.parameters() if p.requires_grad]
-
-        def clip_and_keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            engine.plain_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-            if not engine.plain_grad_norm.isfinite():  # as ZeRO does: no update
-                for parameter in parameters:
-                    parameter.grad = None
-
-        optimizer.register_step_pre_hook(clip_and_keep)
-    return engine
-
-
-def inference_config(settings: Model, zero: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's config for forward passes only."""
-    bf16 = precision_dtype(settings.precision) == torch.bfloat16
-    return zero | {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": bf16}, "steps_per_print": 10**9}
-
-
-def inference_engine(module: nn.Module, deepspeed_config: dict[str, Any]):
-    """Shard a module over the ranks by ZeRO-3, for forward passes only."""
-    import deepspeed
-
-    engine, *_ = deepspeed.initialize(model=module, config=deepspeed_config)
-    engine.eval()
-    return engine
-
-
-def forget_modules(engine) -> None:
-    """After a step: drop what ZeRO-3 keeps of modules whose forward gradient checkpointing ended early.
-
-    DeepSpeed pushes a module on a list before its forward and pops it after; recomputation stops in between, so the
-    list would grow with every step.
-    """
-    if engine.zero_optimization_stage() == 3:
-        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-
-        del FWD_MODULE_STACK[FWD_MODULE_STACK.index(engine.module) + 1 :]
-
-
-def grad_norm(engine) -> float:
-    """The global gradient norm of the last step, before clipping."""
-    norm = getattr(engine, "plain_grad_norm", None)
-    return float(engine.get_global_grad_norm() if norm is None else norm)
+def _by_row(states: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """States of packed rows as those of padded ones, [rows, width, hidden]; padded ones as they are."""
+    if "slots" not in inputs:
+        return states
+    mask = inputs["attention_mask"]
+    padded = states.new_zeros(mask.numel(), states.shape[-1]).index_copy(0, inputs["slots"], states[0])
+    return padded.view(*mask.shape, -1)
 
 
 def _first_line(error: Exception) -> str:

@@ -20,8 +20,6 @@ from mlalign.data import collate_ids, encode_text, pad_id
 from mlalign.errors import UserError
 from mlalign.model import (
     decoder_parts,
-    inference_config,
-    inference_engine,
     load_for_inference,
     load_model_config,
     load_tokenizer,
@@ -31,6 +29,7 @@ from mlalign.model import (
 from mlalign.parallel import Parallel
 from mlalign.pooling import POOLERS
 from mlalign.rundir import digest, files_of
+from mlalign.sharding import inference_config, inference_engine
 from mlalign.tracker import say
 
 

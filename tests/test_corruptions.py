@@ -33,20 +33,21 @@ def alignment_step_after_task_step(values: dict, zero: dict, optimizer: str, gua
 
     guarded: call `rest_untouched`; rest: set the learning rate above the layer to 0.
     """
-    from mlalign import checkpoint, model
+    from mlalign import checkpoint, model, sharding
     from mlalign.commands import train
     from mlalign.dataset import load_dataset
+    from mlalign.loader import Loader
     from mlalign.objectives import rest_untouched
     from mlalign.tracker import Meter
 
     config = Config.model_validate(values)
-    make = model.make_optimizer
+    make = sharding.make_optimizer
     if optimizer == "sgd":
-        model.make_optimizer = lambda config, groups, zero: torch.optim.SGD(groups, lr=0.1, weight_decay=0.0)
+        sharding.make_optimizer = lambda config, groups, zero: torch.optim.SGD(groups, lr=0.1, weight_decay=0.0)
     else:
-        model.make_optimizer = lambda config, groups, zero: torch.optim.AdamW(groups, lr=0.1)
-    engine = train._make_engine(config, model.engine_config(config, zero), layer=2)
-    model.make_optimizer = make
+        sharding.make_optimizer = lambda config, groups, zero: torch.optim.AdamW(groups, lr=0.1)
+    engine = train._make_engine(config, sharding.engine_config(config, zero), layer=2)
+    sharding.make_optimizer = make
     dataset = load_dataset(config, model.load_tokenizer(config.model))
     engine.train()
 
@@ -59,15 +60,16 @@ def alignment_step_after_task_step(values: dict, zero: dict, optimizer: str, gua
         assert names or not before
         return max((float((after[name] - before[name]).abs().max()) for name in names), default=0.0)
 
+    loader = Loader(config, dataset.orders, pad=0, end=2)
     states = [snapshot()]
-    for step in range(2):
-        with_task = train._backward(engine, config, dataset, step, 0, Meter())
+    for _ in range(2):
+        with_task = train._backward(engine, config, loader.take(), Meter())
         if not with_task and guarded:
             rest_untouched(engine)
-        model.set_lr(engine.optimizer, 0.1, rest_above=rest and not with_task)
+        sharding.set_lr(engine.optimizer, 0.1, rest_above=rest and not with_task)
         engine.step()
         states.append(snapshot())
-    norm = model.grad_norm(engine)
+    norm = sharding.grad_norm(engine)
     engine.destroy()
     start, task, align = states
     return {
@@ -163,11 +165,11 @@ def steps_and_module_stack(values: dict, zero: dict):
 
 def run_joint_with_torch_adamw(values: dict, zero: dict):
     """As `run_steps`, with torch's AdamW also where the optimizer is offloaded: no kernel to compile."""
-    from mlalign import model
+    from mlalign import sharding
 
-    make = model.make_optimizer
-    model.make_optimizer = lambda config, groups, zero: make(config, groups, {"zero_optimization": {}})
+    make = sharding.make_optimizer
+    sharding.make_optimizer = lambda config, groups, zero: make(config, groups, {"zero_optimization": {}})
     try:
         return run_steps(values, zero)
     finally:
-        model.make_optimizer = make
+        sharding.make_optimizer = make

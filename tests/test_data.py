@@ -197,8 +197,8 @@ def test_sides_of_equal_length_share_a_pass_and_unequal_ones_do_not():
     def pair(src: int, tgt: int) -> Pair:
         return Pair([1] * src, [1] * tgt, ("de", "en"), (1, 2, 0))
 
-    assert prefers_one_pass([[pair(10, 10)], [pair(9, 10)]])
-    assert not prefers_one_pass([[pair(56, 16)]])
+    assert prefers_one_pass([[pair(10, 10)], [pair(9, 10)]], pad=0)
+    assert not prefers_one_pass([[pair(56, 16)]], pad=0)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])

@@ -105,7 +105,7 @@ def gradients_in_chunks_and_in_one_graph(values: dict, zero: dict) -> float:
     """Relative error of the chunked gradient against that of one graph over the same encodings."""
     from deepspeed.utils import safe_get_full_grad
 
-    from mlalign import distributed, model
+    from mlalign import distributed, model, sharding
     from mlalign.commands import train
     from mlalign.data import collate_bitext, pair_keys
     from mlalign.dataset import load_dataset
@@ -120,7 +120,7 @@ def gradients_in_chunks_and_in_one_graph(values: dict, zero: dict) -> float:
     assert len(chunks) > 1
 
     def build(zero: dict):
-        engine = train._make_engine(config, model.engine_config(config, zero), layer=2)
+        engine = train._make_engine(config, sharding.engine_config(config, zero), layer=2)
         with torch.no_grad():
             for name, parameter in engine.module.named_parameters():
                 if "lora_B" in name and not hasattr(parameter, "ds_id"):

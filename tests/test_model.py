@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mlalign import model as model_module
-from mlalign import pooling
+from mlalign import pooling, sharding
 from mlalign.config import Config, Lora, Model
 from mlalign.errors import UserError
 from mlalign.model import AlignedModel, add_lora, resolve_layer, truncated_decoder
@@ -52,12 +52,13 @@ ARCHITECTURES = {
         "max_position_embeddings": 64,
     },
     "falcon": _GPT_LIKE | {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "bloom": _GPT_LIKE | {"hidden_size": 32, "n_layer": 4, "n_head": 4},
 }
 
 
 def build(architecture: str):
     torch.manual_seed(0)
-    attention = "eager" if architecture == "gemma2" else "sdpa"  # Gemma2's soft-capping has no sdpa
+    attention = "eager" if architecture in ("gemma2", "bloom") else "sdpa"  # which these do not have
     settings = CONFIG_MAPPING[architecture](**ARCHITECTURES[architecture])
     return AutoModelForCausalLM.from_config(settings, attn_implementation=attention)
 
@@ -172,7 +173,7 @@ def watch_gathers(values: dict) -> dict[str, int]:
 
     config = Config.model_validate(values)
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 10**8}
-    engine = train._make_engine(config, model_module.engine_config(config, {"zero_optimization": zero}), layer=2)
+    engine = train._make_engine(config, sharding.engine_config(config, {"zero_optimization": zero}), layer=2)
     pairs = load_dataset(config, model_module.load_tokenizer(config.model)).orders["alignment"].take(4)
     lm = engine.module.lm
     base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
@@ -209,7 +210,7 @@ def test_zero3_gathers_no_upper_layer_in_an_alignment_pass(ranks, settings, adap
 def shard_sizes(values: dict) -> tuple[int, int]:
     """Under ZeRO-3, before the engine exists: elements this rank holds, and elements of the whole model."""
     config = Config.model_validate(values)
-    engine_config = model_module.engine_config(config, {"zero_optimization": {"stage": 3}})
+    engine_config = sharding.engine_config(config, {"zero_optimization": {"stage": 3}})
     lm = model_module.load_lm(config.model, engine_config)
     parameters = list(lm.parameters())
     return sum(p.ds_tensor.numel() for p in parameters), sum(p.ds_numel for p in parameters)

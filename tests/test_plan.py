@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from mlalign import model
+from mlalign import model, sharding
 from mlalign.activations import alignment_pass, on_paper, task_pass
 from mlalign.commands.plan import Settings, plan, sbatch_lines
 from mlalign.config import Alignment, Config
@@ -45,6 +45,7 @@ def test_parameters_are_those_of_the_model_that_train_builds(settings, lora):
 def bytes_that_an_engine_holds(values: dict, zero: dict) -> int:
     """Distinct storages of all tensors between the last backward and the step, above those there were before."""
     from mlalign.commands import train
+    from mlalign.loader import Loader
     from mlalign.tracker import Meter
 
     def alive() -> dict[int, int]:
@@ -57,11 +58,12 @@ def bytes_that_an_engine_holds(values: dict, zero: dict) -> int:
     config = Config.model_validate(values)
     dataset = load_dataset(config, model.load_tokenizer(config.model))  # rows from the cache are tensors too
     before = alive()
-    engine = train._make_engine(config, model.engine_config(config, {"zero_optimization": zero}), layer=2)
+    engine = train._make_engine(config, sharding.engine_config(config, {"zero_optimization": zero}), layer=2)
     engine.train()
-    train._backward(engine, config, dataset, 0, 0, Meter())
+    loader = Loader(config, dataset.orders, pad=0, end=2)
+    train._backward(engine, config, loader.take(), Meter())
     train._optimizer_step(engine, 1e-3, True, measure=False)
-    train._backward(engine, config, dataset, 1, 0, Meter())
+    train._backward(engine, config, loader.take(), Meter())
     after = alive()
     engine.optimizer.zero_grad()
     engine.destroy()

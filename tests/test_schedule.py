@@ -9,8 +9,10 @@ from test_world_size import ADAM, relative_error, run_steps
 from mlalign.config import Config, Interleave
 from mlalign.dataset import load_dataset
 from mlalign.distributed import world_size
-from mlalign.model import engine_config, load_tokenizer
+from mlalign.loader import Loader
+from mlalign.model import load_tokenizer
 from mlalign.schedule import Batch, batches, lr_factor, total_steps
+from mlalign.sharding import engine_config
 
 
 def objectives(interleave: Interleave, steps: int) -> list[str]:
@@ -105,7 +107,8 @@ def first_loss(values: dict) -> float:
 
     config, meter = Config.model_validate(values), Meter()
     engine = train._make_engine(config, engine_config(config, {"zero_optimization": {"stage": 2}}), layer=2)
-    train._backward(engine, config, load_dataset(config, load_tokenizer(config.model)), 0, 0, meter)
+    loader = Loader(config, load_dataset(config, load_tokenizer(config.model)).orders, pad=0, end=1)
+    train._backward(engine, config, loader.take(), meter)
     engine.step()
     engine.destroy()
     return meter.losses()["alignment"][0].item() * world_size()

@@ -15,10 +15,12 @@ LAYERS = [
     {"config", "distributed", "tasks", "tasks.slot_filling", "tasks.translation", "scoring"},
     {"tracker", "rundir", "schedule", "rows", "head", "tasks.items", "tasks.json_extraction", "memory", "examples"},
     {"data", "sampler", "model", "checkpoint", "merging", "predictions", "corpora.item", "token_cache"},
-    {"objectives", "dataset", "parallel", "checks", "generation", "report", "comet", "sieve"}
+    {"objectives", "dataset", "sharding", "parallel", "checks", "generation", "report", "comet", "sieve"}
     | {f"corpora.{name}" for name in ("massive", "translation", "uner", "bitext", "against")},
-    {"evaluation", "states", "probe_report", "workload"},
-    {"probe_show", "activations"},
+    {"evaluation", "states", "probe_report", "loader"},
+    {"probe_show", "packing"},
+    {"workload"},
+    {"activations"},
     {"estimate"},
     {f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("[!_]*.py")} - {"commands.merge", "commands.plan"},
     {"commands.merge", "commands.plan"},  # which tunes its weight by evaluating, and measures by training

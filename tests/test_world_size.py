@@ -11,19 +11,23 @@ ADAM = {"eps": 1e-6}  # the default 1e-8 turns rounding of near-zero gradients i
 
 def run_steps(values: dict, zero: dict) -> tuple[dict[str, torch.Tensor], list[float]]:
     """On one rank of many: the steps of `mlalign train`. Returns all trainable weights, and the gradient norms."""
-    from mlalign import checkpoint, model
+    from mlalign import checkpoint, model, sharding
     from mlalign.commands import train
     from mlalign.dataset import load_dataset
+    from mlalign.loader import Loader
+    from mlalign.packing import choose_pad
     from mlalign.tracker import Meter
 
     config = Config.model_validate(values)
-    engine_config = model.engine_config(config, zero)
-    dataset = load_dataset(config, model.load_tokenizer(config.model))
+    engine_config = sharding.engine_config(config, zero)
+    tokenizer = model.load_tokenizer(config.model)
+    dataset = load_dataset(config, tokenizer)
     engine = train._make_engine(config, engine_config, layer=2)
     engine.train()
-    norms = []
-    for step in range(config.optimizer.steps):
-        with_task = train._backward(engine, config, dataset, step, 0, Meter())
+    steps, norms = config.optimizer.steps, []
+    loader = Loader(config, dataset.orders, choose_pad(engine, config.model, tokenizer), end=steps)
+    for _ in range(steps):
+        with_task = train._backward(engine, config, loader.take(), Meter())
         norms.append(train._optimizer_step(engine, config.optimizer.lr, with_task, measure=True))
     weights = checkpoint._gathered(engine.module.lm, trainable_only=True)
     engine.destroy()
@@ -60,3 +64,13 @@ def test_the_steps_compared_above_move_the_weights(settings):
     after = reference.train(Config.model_validate(settings), layer=2)
     settings["optimizer"]["lr"] = 1e-30
     assert relative_error(reference.train(Config.model_validate(settings), layer=2), after) > 1e-2
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_packed_steps_equal_the_plain_loop(ranks, settings, stage):
+    settings["optimizer"] |= {"clip": 0.5, "lr": 1e-3} | ADAM
+    settings["model"]["packing"] = True
+    settings["alignment"]["micro_batch_size"] = 2  # in chunks: encoded twice
+    wanted = reference.train(Config.model_validate(settings), layer=2)
+    weights, _ = ranks(2).run(run_steps, settings, {"zero_optimization": {"stage": stage}})[0]
+    assert relative_error(weights, wanted) < 1e-5

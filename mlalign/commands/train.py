@@ -7,19 +7,19 @@ launch/deepspeed.sh recipe.yaml model.path=... run_dir=...      all GPUs of this
 import json
 import math
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mlalign import checkpoint, distributed, jobs, model, schedule
-from mlalign.config import Config, read_deepspeed
-from mlalign.data import collate_bitext, collate_task, pad_id, pair_keys, prefers_one_pass
+from mlalign import checkpoint, distributed, jobs, model, schedule, sharding
+from mlalign.config import Config, offloads_optimizer, read_deepspeed
 from mlalign.dataset import Dataset, load_dataset
 from mlalign.errors import UserError
 from mlalign.evaluation import evaluate, to_device
+from mlalign.loader import Batch, Loader
 from mlalign.objectives import (
     BitextChunk,
     align_backward,
@@ -29,8 +29,8 @@ from mlalign.objectives import (
     set_random_state,
     task_backward,
 )
+from mlalign.packing import choose_pad
 from mlalign.rundir import open_run, write_whole
-from mlalign.sampler import slices
 from mlalign.tracker import Meter, Tracker, say
 
 
@@ -66,7 +66,7 @@ class Progress:
 def train(config: Config) -> None:
     """Run or resume the training that `config` describes, on however many ranks there are."""
     distributed.init()
-    engine_config = model.engine_config(config, read_deepspeed(config.deepspeed))
+    engine_config = sharding.engine_config(config, read_deepspeed(config.deepspeed))
     run_dir = Path(config.run_dir)
     config.check_ranks(distributed.world_size())
     open_run(config, run_dir)
@@ -80,17 +80,19 @@ def train(config: Config) -> None:
     engine = _make_engine(config, engine_config, layer)
     steps = schedule.total_steps(config, dataset.epoch_rows)
     lr_factor = schedule.lr_factor(config, steps)
-    pad = pad_id(tokenizer)
-    say(_describe(engine, config, layer, steps))
+    pad = choose_pad(engine, config.model, tokenizer)
+    say(_describe(engine, config, layer, steps, packed=pad is None))
 
     meter = Meter()
     progress = _resume(engine, dataset, meter, run_dir, config.seed, steps)
     kept = progress.step  # what the latest checkpoint holds
+    saver = checkpoint.Saver(engine, run_dir, _saves_in_background(config, engine_config))
     tracker = Tracker(run_dir, progress.step, steps)
     if progress.step == 0:
         tracker.text("config", (run_dir / "config.yaml").read_text())
 
-    with distributed.StopSignals() as signals:
+    loader = Loader(config, dataset.orders, pad, progress.step, steps)
+    with distributed.StopSignals() as signals, closing(loader):
 
         def asked_to_stop() -> bool:
             return distributed.any_rank(signals.received)
@@ -98,6 +100,7 @@ def train(config: Config) -> None:
         engine.train()
         while True:
             stop = asked_to_stop()
+            saver.poll()
             improved = False
             evaluated = None
             if progress.evaluation_due(config, steps) and dataset.has_dev and not stop:
@@ -112,13 +115,14 @@ def train(config: Config) -> None:
                 checkpoint.export(engine, tokenizer, run_dir, dataset.languages())
             due = finished or stop or progress.step % config.checkpoint_every == 0
             if evaluated or (due and progress.step > kept):
-                _save(engine, dataset, meter, run_dir, progress, steps)
+                _save(saver, dataset, loader, meter, progress, steps)
                 kept = progress.step
                 meter.restart_clock()
             if finished or stop:
+                saver.finish()
                 break
 
-            with_task = _backward(engine, config, dataset, progress.step, pad, meter)
+            with_task = _backward(engine, config, loader.take(), meter)
             lr = config.optimizer.lr * lr_factor(progress.step)
             log_now = (progress.step + 1) % config.log_every == 0 or progress.step + 1 == steps
             grad_norm = _optimizer_step(engine, lr, with_task, measure=log_now)
@@ -139,16 +143,17 @@ def train(config: Config) -> None:
 def real_steps(config: Config) -> Iterator[Meter]:
     """Take a real step for every item that is asked for, without end; nothing is written. Called by all ranks."""
     distributed.init()
-    engine_config = model.engine_config(config, read_deepspeed(config.deepspeed))
+    engine_config = sharding.engine_config(config, read_deepspeed(config.deepspeed))
     tokenizer = model.load_tokenizer(config.model)
     dataset = load_dataset(config, tokenizer)
     engine = _make_engine(config, engine_config, model.checked_layer(config))
-    pad, meter = pad_id(tokenizer), Meter()
-    engine.train()
-    for step in count():
-        with_task = _backward(engine, config, dataset, step, pad, meter)
-        _optimizer_step(engine, config.optimizer.lr, with_task, measure=False)
-        yield meter
+    meter = Meter()
+    with closing(Loader(config, dataset.orders, choose_pad(engine, config.model, tokenizer))) as loader:
+        engine.train()
+        while True:
+            with_task = _backward(engine, config, loader.take(), meter)
+            _optimizer_step(engine, config.optimizer.lr, with_task, measure=False)
+            yield meter
 
 
 def measure(config: Config, steps: int) -> dict[str, float]:
@@ -164,53 +169,39 @@ def measure(config: Config, steps: int) -> dict[str, float]:
     return {"tokens_per_second": values["train/tokens_per_second"], "memory": values["train/memory_gib"] * 2**30}
 
 
-def _backward(engine, config: Config, dataset: Dataset, step: int, pad: int, meter: Meter) -> bool:
+def _backward(engine, config: Config, batches: list[Batch], meter: Meter) -> bool:
     """All forward and backward passes of one optimizer step. Returns whether a task batch was among them."""
-    weight = config.alignment.weight if config.alignment else 0.0
-    batches = schedule.batches(config.interleave, weight, step)
     with one_reduction(engine):
         for batch in batches:
             backward = _task_batch if batch.objective == "task" else _alignment_batch
-            backward(engine, config, dataset, batch, pad, meter)
+            backward(engine, config, batch, meter)
     return batches[0].objective == "task"
 
 
-def _task_batch(engine, config: Config, dataset: Dataset, batch: schedule.Batch, pad: int, meter: Meter) -> None:
-    rows = dataset.orders["task"].take(batch.count * config.task.batch_size)
-    shares = [each[distributed.rank()] for each in slices(rows, config.task.micro_batch_size, distributed.world_size())]
-    passes = [collate_task(share, pad) for share in shares]
-    counts = _token_counts(passes)
-    passes = [to_device(inputs, engine.device) for inputs in passes]
-    loss = task_backward(engine, passes, sum(row.learned for row in rows), batch.weight)
-    meter.add("task", loss, **counts)
+def _task_batch(engine, config: Config, batch: Batch, meter: Meter) -> None:
+    passes = [to_device(inputs, engine.device) for inputs in batch.micro_batches]
+    loss = task_backward(engine, passes, batch.size, batch.weight)
+    meter.add("task", loss, tokens=batch.tokens, positions=batch.positions)
 
 
-def _alignment_batch(engine, config: Config, dataset: Dataset, batch: schedule.Batch, pad: int, meter: Meter) -> None:
-    rank, ranks = distributed.rank(), distributed.world_size()
-    pairs = dataset.orders["alignment"].take(config.alignment.batch_size)
-    chunks, counts = [], {"tokens": 0, "positions": 0}
-    for each in slices(pairs, config.alignment.micro_batch_size, ranks):
-        passes = collate_bitext(each[rank], pad, prefers_one_pass(each))
-        counts = {name: counts[name] + more for name, more in _token_counts(passes).items()}
-        passes = [to_device(inputs, engine.device) for inputs in passes]
-        chunks.append(BitextChunk(passes, pair_keys(each[rank]).to(engine.device)))
+def _alignment_batch(engine, config: Config, batch: Batch, meter: Meter) -> None:
+    chunks = [
+        BitextChunk([to_device(inputs, engine.device) for inputs in passes], keys.to(engine.device))
+        for passes, keys in batch.micro_batches
+    ]
     loss = align_backward(engine, chunks, config.alignment, batch.weight)
-    meter.add("alignment", loss / ranks, **counts, pairs=len(pairs) // ranks)
+    ranks = distributed.world_size()
+    meter.add("alignment", loss / ranks, tokens=batch.tokens, positions=batch.positions, pairs=batch.size // ranks)
 
 
 def _optimizer_step(engine, lr: float, with_task: bool, measure: bool) -> float | None:
     """Clip, update, clear. Returns the global gradient norm before clipping where `measure` asks for it."""
     if not with_task:
         rest_untouched(engine)
-    model.set_lr(engine.optimizer, lr, rest_above=not with_task)
+    sharding.set_lr(engine.optimizer, lr, rest_above=not with_task)
     engine.step()
-    model.forget_modules(engine)
-    return model.grad_norm(engine) if measure else None
-
-
-def _token_counts(passes: list[dict[str, torch.Tensor]]) -> dict[str, int]:
-    masks = [inputs["attention_mask"] for inputs in passes]
-    return {"tokens": sum(int(mask.sum()) for mask in masks), "positions": sum(mask.numel() for mask in masks)}
+    sharding.forget_modules(engine)
+    return sharding.grad_norm(engine) if measure else None
 
 
 def _refuse_non_finite(values: dict[str, float], step: int, run_dir: Path) -> None:
@@ -223,14 +214,18 @@ def _refuse_non_finite(values: dict[str, float], step: int, run_dir: Path) -> No
         )
 
 
-def _save(engine, dataset: Dataset, meter: Meter, run_dir: Path, progress: Progress, steps: int) -> None:
-    orders = {objective: order.state() for objective, order in dataset.orders.items()}
-    state = {"progress": asdict(progress), "orders": orders, "steps": steps, "epoch_rows": dataset.epoch_rows}
+def _saves_in_background(config: Config, engine_config: dict[str, Any]) -> bool:
+    if config.async_checkpoint != "auto":
+        return config.async_checkpoint
+    return distributed.uses_cuda() and not offloads_optimizer(engine_config)  # else host memory holds it all already
+
+
+def _save(
+    saver: checkpoint.Saver, dataset: Dataset, loader: Loader, meter: Meter, progress: Progress, steps: int
+) -> None:
+    state = {"progress": asdict(progress), "orders": loader.state(), "steps": steps, "epoch_rows": dataset.epoch_rows}
     own = {"random_state": random_state(), "losses": meter.losses()}
-    checkpoint.save(engine, run_dir, progress.step, state, own)
-    if distributed.is_main():
-        jobs.say_progress(f"{run_dir}: step {progress.step}")
-    checkpoint.rotate(run_dir, keep={progress.best_step})
+    saver.save(progress.step, state, own, keep={progress.best_step})
 
 
 def _resume(engine, dataset: Dataset, meter: Meter, run_dir: Path, seed: int, steps: int) -> Progress:
@@ -259,9 +254,9 @@ def _make_engine(config: Config, engine_config: dict[str, Any], layer: int):
         torch.manual_seed(config.seed)  # the same adapters on every rank and ZeRO stage
         lm = model.add_lora(lm, config.lora)
     aligned = model.AlignedModel(lm, layer, config.alignment.pooling if config.alignment else "mean")
-    groups = model.parameter_groups(aligned, config.optimizer.weight_decay)
-    optimizer = model.make_optimizer(config, groups, engine_config)
-    return model.make_engine(aligned, optimizer, engine_config)
+    groups = sharding.parameter_groups(aligned, config.optimizer.weight_decay)
+    optimizer = sharding.make_optimizer(config, groups, engine_config)
+    return sharding.make_engine(aligned, optimizer, engine_config)
 
 
 def _say_counts(dataset: Dataset) -> None:
@@ -269,7 +264,7 @@ def _say_counts(dataset: Dataset) -> None:
         say(f"{name}: {counts}")
 
 
-def _describe(engine, config: Config, layer: int, steps: int) -> str:
+def _describe(engine, config: Config, layer: int, steps: int, packed: bool) -> str:
     """One line on what is about to be trained, and how."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
     parts = [
@@ -279,6 +274,8 @@ def _describe(engine, config: Config, layer: int, steps: int) -> str:
         str(model.precision_dtype(config.model.precision)).removeprefix("torch."),
         f"{steps} steps",
     ]
+    if packed:
+        parts.append("packed")
     if config.alignment:
         parts.append(f"aligned at layer {layer}, {config.interleave.mode} {config.interleave.ratio}")
     return ", ".join(parts)

@@ -1,0 +1,99 @@
+"""From the global orders to this rank's passes, a step ahead: the next step's are made while the GPU has this one's.
+
+Reading a stream, tokenising and collating happen in a thread of their own. What a checkpoint says of the orders is
+where they stand after the step that was taken last, whatever was made ahead.
+"""
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from mlalign import distributed, schedule
+from mlalign.config import Config
+from mlalign.data import collate_bitext, collate_task, pair_keys, prefers_one_pass
+from mlalign.examples import Pair, TaskExample
+from mlalign.objectives import BitextChunk
+from mlalign.sampler import GlobalOrder, slices
+
+
+class Batch(NamedTuple):
+    """This rank's share of one global batch, on the CPU."""
+
+    objective: str  #: "task" or "alignment"
+    weight: float  #: of its loss
+    micro_batches: list[dict[str, torch.Tensor]] | list[BitextChunk]
+    size: int  #: of the global batch: learned tokens of the task, or pairs
+    tokens: int  #: of this rank
+    positions: int  #: of this rank: tokens and padding
+
+
+class _Made(NamedTuple):
+    """The batches of one step, and where the orders stand after it."""
+
+    batches: list[Batch]
+    orders: dict[str, dict[str, int]]
+
+
+class Loader:
+    """The batches of one step after another, for this rank. Close it, or a thread may go on reading."""
+
+    def __init__(
+        self, config: Config, orders: dict[str, GlobalOrder], pad: int | None, first: int = 0, end: float = math.inf
+    ) -> None:
+        """Args: pad: see `data.collate_ids`; first: the step to begin with, end: the one before which to stop."""
+        self._config, self._orders, self._pad = config, orders, pad
+        self._next, self._end = first, end
+        self._state = {objective: order.state() for objective, order in orders.items()}
+        self._thread = ThreadPoolExecutor(1)
+        self._ahead: Future[_Made] | None = None
+
+    def take(self) -> list[Batch]:
+        """The batches of the next step, task first. Raises UserError for rows that are no good."""
+        made = (self._ahead or self._thread.submit(self._make, self._next)).result()
+        self._state = made.orders
+        self._next += 1
+        self._ahead = self._thread.submit(self._make, self._next) if self._next < self._end else None
+        return made.batches
+
+    def state(self) -> dict[str, dict[str, int]]:
+        """Where the orders stand after the step taken last: for `GlobalOrder.restore`."""
+        return self._state
+
+    def close(self) -> None:
+        """Wait for what is being made ahead, and forget it."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _make(self, step: int) -> _Made:
+        weight = self._config.alignment.weight if self._config.alignment else 0.0
+        make = {"task": self._task_batch, "alignment": self._alignment_batch}
+        batches = [make[batch.objective](batch) for batch in schedule.batches(self._config.interleave, weight, step)]
+        return _Made(batches, {objective: order.state() for objective, order in self._orders.items()})
+
+    def _task_batch(self, batch: schedule.Batch) -> Batch:
+        settings = self._config.task
+        rows: list[TaskExample] = self._orders["task"].take(batch.count * settings.batch_size)
+        passes = [collate_task(share, self._pad) for share in _own(rows, settings.micro_batch_size)]
+        return Batch("task", batch.weight, passes, sum(row.learned for row in rows), *_count(passes))
+
+    def _alignment_batch(self, batch: schedule.Batch) -> Batch:
+        settings = self._config.alignment
+        pairs: list[Pair] = self._orders["alignment"].take(settings.batch_size)
+        chunks = []
+        for shares in slices(pairs, settings.micro_batch_size, distributed.world_size()):
+            own = shares[distributed.rank()]
+            passes = collate_bitext(own, self._pad, prefers_one_pass(shares, self._pad))
+            chunks.append(BitextChunk(passes, pair_keys(own)))
+        counts = _count([inputs for chunk in chunks for inputs in chunk.passes])
+        return Batch("alignment", batch.weight, chunks, len(pairs), *counts)
+
+
+def _own(rows: Sequence[TaskExample], micro_batch_size: int) -> list[list[TaskExample]]:
+    return [each[distributed.rank()] for each in slices(rows, micro_batch_size, distributed.world_size())]
+
+
+def _count(passes: list[dict[str, torch.Tensor]]) -> tuple[int, int]:
+    tokens = sum(int(inputs["attention_mask"].sum()) for inputs in passes)
+    return tokens, sum(inputs["input_ids"].numel() for inputs in passes)

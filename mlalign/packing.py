@@ -1,0 +1,70 @@
+"""Passes without padding: rows behind each other in one, told apart by their positions.
+
+Flash attention keeps packed rows apart at no cost. Other attentions do so by a mask of tokens x tokens, and some
+architectures not at all: they let a row see the ones before it, without a word. So each model is asked first.
+"""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mlalign.config import Model
+from mlalign.data import collate_bitext, collate_task, pad_id
+from mlalign.errors import UserError
+from mlalign.evaluation import to_device
+from mlalign.examples import Pair, TaskExample
+from mlalign.model import attention_name, precision_dtype
+from mlalign.tracker import say
+
+#: Largest relative difference between packed and padded rows that is rounding. Rows that see each other differ by 0.1.
+_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+def wants_packing(settings: Model) -> bool:
+    """Whether rows are to be packed, if the model can: auto = with flash attention."""
+    if settings.packing != "auto":
+        return settings.packing
+    return (attention_name(settings.attention, precision_dtype(settings.precision)) or "").startswith("flash")
+
+
+def choose_pad(engine, settings: Model, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that pads batches, or None: rows are packed. Called by all ranks.
+
+    Raises UserError where packing is asked for and the model computes something else then.
+    """
+    if not wants_packing(settings):
+        return pad_id(tokenizer)
+    dtype = precision_dtype(settings.precision)
+    try:
+        error = packing_error(engine, pad_id(tokenizer))
+        wrong = f"packed rows differ from padded ones by {error:.1g}" if not error <= _ROUNDING[dtype] else ""
+    except (TypeError, ValueError, NotImplementedError) as failure:  # a forward that does not know the arguments
+        wrong = " ".join(str(failure).split())
+    if not wrong:
+        return None
+    name = type(engine.module.lm.get_base_model() if hasattr(engine.module.lm, "peft_config") else engine.module.lm)
+    if settings.packing is True:
+        raise UserError(
+            f"model.packing: {name.__name__} cannot tell packed rows apart: {wrong}; set it to auto or false"
+        )
+    say(f"rows are padded, for {name.__name__} cannot tell packed ones apart: {wrong}")
+    return pad_id(tokenizer)
+
+
+def packing_error(engine, pad: int) -> float:
+    """The largest relative difference between packed and padded rows: of task losses, and of embeddings, by L2.
+
+    The second row repeats the first: a model that sees both predicts it better.
+    """
+    vocabulary = engine.module.lm.get_input_embeddings().num_embeddings
+    ids = [7919 * i % vocabulary for i in range(1, 13)]
+    rows = [TaskExample(row, row, len(row) - 1, "") for row in (ids, ids[:9])]
+    pairs = [Pair(ids, ids[:7], ("", ""), (0, 0, 0)), Pair(ids[:5], ids[2:], ("", ""), (0, 0, 0))]
+    engine.eval()
+    found = []
+    with torch.no_grad():
+        for padding in (pad, None):
+            nll = engine(task=to_device(collate_task(rows, padding), engine.device))
+            passes = [to_device(inputs, engine.device) for inputs in collate_bitext(pairs, padding, one_pass=True)]
+            found.append((nll, engine(bitext=passes)))
+    engine.train()
+    return max(((packed - padded).norm() / padded.norm()).item() for padded, packed in zip(*found))
