@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -21,5 +22,7 @@ def save_byte_llama(folder: Path, **shape) -> str:
     PreTrainedTokenizerFast(tokenizer_object=bytes_, **special).save_pretrained(folder)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     settings = {"vocab_size": len(WORDS), "max_position_embeddings": 1024} | ids | shape
-    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
+    large = settings.get("hidden_size", 0) > 2048  # made and saved in fp32, 8B would take 32 GB of memory and of disk
+    dtype = torch.bfloat16 if large else torch.float32
+    LlamaForCausalLM._from_config(LlamaConfig(**settings), dtype=dtype).save_pretrained(folder)
     return str(folder)

@@ -1,51 +1,72 @@
 """What alignment adds to a training step, against the least it could: `python benchmarks/step.py`.
 
-A made-up Llama with LoRA, through the real step of `mlalign train`: the task alone, alignment alone, and both, one step
-of each in turn, on one rank of this machine. With real rows, as `mlalign prepare` makes them:
+A made-up Llama with LoRA, through the real step of `mlalign train`: the task alone, alignment alone, and both, each in
+a process of its own. On CPUs they take turns, a step each; on a GPU they run one after the other, or their memory would
+not fit (`--shape 8b` is Llama 3 8B's). With real rows, as `mlalign prepare` makes them:
 
     python benchmarks/step.py --task data/massive/train.en.jsonl --bitext data/bitext/train.spa-eng.jsonl
 
 The limit is from token counts alone. An alignment token passes k of L blocks, a task token all of them, and a learned
 one the LM head: with A, T and n of them, joint / task is at least 1 + A k / (T L + n head / block), block and head
 being the weights of one of each, for forward and backward do the same number of multiplications with every weight.
+`--peak` adds the share of so many TFLOP/s that these are: 4 a weight and token, for adapters need no gradient of the
+frozen weights. Memory is the GPU's peak; on CPUs the process's, above what it had before the model was loaded.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import statistics
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, NamedTuple
 
-os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import torch
 from byte_llama import save_byte_llama
+from resident import forget_peak, resident
 from rich.console import Console
 from rich.table import Table
 
-from mlalign.commands.train import real_steps
 from mlalign.config import Config
 from mlalign.dataset import load_dataset
+from mlalign.distributed import uses_cuda
 from mlalign.model import load_tokenizer
 
-HIDDEN, MLP, BLOCKS, VOCABULARY, ROWS = 512, 1536, 8, 32_000, 32
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": HIDDEN,
-    "intermediate_size": MLP,
-    "num_hidden_layers": BLOCKS,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": False,
-}
+ROWS = 32
+
+
+def _shape(hidden: int, mlp: int, blocks: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "tie_word_embeddings": False,
+    }
+
+
+SHAPES = {"small": _shape(512, 1536, 8, 8, 8, 32_000), "8b": _shape(4096, 14_336, 32, 32, 8, 128_256)}
 VARIANTS = {
     "task": {"alignment": None, "interleave": {"ratio": "1:0"}},
     "alignment": {"task": None, "interleave": {"ratio": "0:1"}},
     "joint": {},
 }
+
+
+class Tokens(NamedTuple):
+    """Of one step, in the mean."""
+
+    task: float
+    learned: float
+    aligned: float
 
 
 def write_rows(folder: Path) -> tuple[str, str]:
@@ -62,52 +83,109 @@ def write_rows(folder: Path) -> tuple[str, str]:
     return str(folder / "task.jsonl"), str(folder / "bitext.jsonl")
 
 
-def limit(config: Config, rounds: int) -> float:
-    """Of joint / task, from the tokens of the first batches."""
+def count_tokens(config: Config, steps: int) -> Tokens:
+    """Of the first steps."""
     dataset = load_dataset(config, load_tokenizer(config.model))
-    rows = dataset.orders["task"].take(rounds * ROWS)
-    pairs = dataset.orders["alignment"].take(rounds * ROWS)
-    tokens, learned = sum(map(len, rows)), sum(row.learned for row in rows)
-    aligned = sum(len(pair.src) + len(pair.tgt) for pair in pairs)
-    block, head = 4 * HIDDEN**2 + 3 * HIDDEN * MLP, HIDDEN * VOCABULARY
-    return 1 + aligned * (BLOCKS // 2) / (tokens * BLOCKS + learned * head / block)
+    rows = dataset.orders["task"].take(steps * ROWS)
+    pairs = dataset.orders["alignment"].take(steps * ROWS)
+    learned = sum(row.learned for row in rows)
+    return Tokens(sum(map(len, rows)) / steps, learned / steps, sum(map(len, pairs)) / steps)
 
 
-def main(task: str | None, bitext: str | None, rounds: int) -> None:
+def multiplications(shape: dict[str, Any], tokens: Tokens) -> dict[str, float]:
+    """With weights, in one forward pass of each variant's step; alignment at half the depth."""
+    hidden, blocks = shape["hidden_size"], shape["num_hidden_layers"]
+    kept = shape["num_key_value_heads"] / shape["num_attention_heads"]  # of the keys' and values' width
+    block = (2 + 2 * kept) * hidden**2 + 3 * hidden * shape["intermediate_size"]
+    task = tokens.task * blocks * block + tokens.learned * hidden * shape["vocab_size"]
+    alignment = tokens.aligned * (blocks // 2) * block
+    return {"task": task, "alignment": alignment, "joint": task + alignment}
+
+
+def take_steps(values: dict, asked: Connection) -> None:
+    """In a process of its own: for each request a step, answered by its seconds and the peak of memory in bytes."""
+    from mlalign.commands.train import real_steps
+
+    before = resident("VmRSS")
+    running = real_steps(Config.model_validate(values))
+    while asked.recv():
+        forget_peak()
+        start = time.perf_counter()
+        next(running)
+        if uses_cuda():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        asked.send((seconds, torch.cuda.max_memory_allocated() if uses_cuda() else resident("VmHWM") - before))
+
+
+def measure(variants: dict[str, dict], rounds: int) -> dict[str, list[tuple[float, int]]]:
+    """Seconds and bytes of `rounds` steps of each, after one that loads and allocates."""
+    context = multiprocessing.get_context("spawn")
+
+    def begin(values: dict) -> Connection:
+        ours, theirs = context.Pipe()
+        context.Process(target=take_steps, args=(values, theirs), daemon=True).start()
+        return ours
+
+    def step(pipe: Connection) -> tuple[float, int]:
+        pipe.send(True)
+        return pipe.recv()
+
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in variants}
+    groups = [[name] for name in variants] if uses_cuda() else [list(variants)]
+    for group in groups:
+        pipes = {name: begin(variants[name]) for name in group}
+        for _ in range(1 + rounds):
+            for name, pipe in pipes.items():
+                found[name].append(step(pipe))
+        for pipe in pipes.values():
+            pipe.send(False)
+    return {name: steps[1:] for name, steps in found.items()}
+
+
+def main(options: argparse.Namespace) -> None:
+    shape = SHAPES[options.shape]
     with tempfile.TemporaryDirectory(prefix="step-benchmark-") as name:
         folder = Path(name)
         made = write_rows(folder)
         values = {
             "run_dir": str(folder / "run"),
-            "model": {"path": save_byte_llama(folder / "model", **SHAPE), "precision": "fp32"},
+            "model": {"path": save_byte_llama(folder / "model", **shape), "attention": options.attention},
             "lora": {"r": 8},
-            "task": {"train": task or made[0], "batch_size": ROWS, "micro_batch_size": 8},
-            "alignment": {"train": bitext or made[1], "batch_size": ROWS, "micro_batch_size": ROWS},
-            "optimizer": {"steps": rounds},
+            "task": {"train": options.task or made[0], "batch_size": ROWS, "micro_batch_size": options.micro_batch},
+            "alignment": {"train": options.bitext or made[1], "batch_size": ROWS, "micro_batch_size": ROWS},
+            "optimizer": {"steps": options.rounds},
         }
-        configs = {name: Config.model_validate(values | changes) for name, changes in VARIANTS.items()}
-        running = {name: real_steps(config) for name, config in configs.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-        for number in range(1 + rounds):
-            for name, steps in running.items():
-                start = time.perf_counter()
-                next(steps)
-                if number:  # the first loads and allocates
-                    seconds[name].append(time.perf_counter() - start)
-        least = limit(configs["joint"], 1 + rounds)
-    ratios = {name: [a / b for a, b in zip(times, seconds["task"])] for name, times in seconds.items()}
-    table = Table("step", "seconds", "of the task's", "limit", "above the limit")
-    for name in VARIANTS:
-        of_task = statistics.median(ratios[name])
-        shown = [f"{least:.2f}", f"{of_task / least:.2f}"] if name == "joint" else ["", ""]
-        table.add_row(name, f"{statistics.median(seconds[name]):.2f}", f"{of_task:.2f}", *shown)
-    Console(width=100).print(table)
+        found = measure({name: values | changes for name, changes in VARIANTS.items()}, options.rounds)
+        tokens = count_tokens(Config.model_validate(values), 1 + options.rounds)
+    report(found, tokens, multiplications(shape, tokens), options.peak)
+
+
+def report(
+    found: dict[str, list[tuple[float, int]]], tokens: Tokens, products: dict[str, float], peak: float | None
+) -> None:
+    passed = {"task": tokens.task, "alignment": tokens.aligned, "joint": tokens.task + tokens.aligned}
+    least = products["joint"] / products["task"]
+    table = Table("step", "seconds", "tokens/s", "of the task's", "limit", "above the limit", "peak, MiB")
+    if peak:
+        table.add_column(f"of {peak:g} TFLOP/s")
+    for name, steps in found.items():
+        seconds = statistics.median(second for second, _ in steps)
+        of_task = statistics.median(second / other for (second, _), (other, _) in zip(steps, found["task"]))
+        row = [name, f"{seconds:.2f}", f"{passed[name] / seconds:,.0f}", f"{of_task:.2f}"]
+        row += [f"{least:.2f}", f"{of_task / least:.2f}"] if name == "joint" else ["", ""]
+        row.append(f"{max(memory for _, memory in steps) / 2**20:,.0f}")
+        table.add_row(*row, *([f"{4 * products[name] / seconds / peak / 1e12:.0%}"] if peak else []))
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--task", help="Task rows; made-up ones by default.")
     parser.add_argument("--bitext", help="Pairs; made-up ones by default.")
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--attention", default="auto", help="As model.attention: sdpa, flash_attention_2, ...")
+    parser.add_argument("--micro-batch", type=int, default=8, help="Task rows of one pass.")
+    parser.add_argument("--peak", type=float, help="TFLOP/s of the device, such as 989 for an H100 in bf16.")
     parser.add_argument("--rounds", type=int, default=15)
-    options = parser.parse_args()
-    main(options.task, options.bitext, options.rounds)
+    main(parser.parse_args())

@@ -189,7 +189,8 @@ def alignment_pass(
     """An alignment micro-batch of one or two passes, and InfoNCE over what `settings` contrasts.
 
     Args: chunks: micro-batches of one alignment batch on one rank. Where there are several and negatives are global,
-    the loss is no part of the pass, but all embeddings and their gradients are held during it (`_align_in_chunks`).
+    the loss is no part of the pass, but all embeddings and their gradients are held during it, and for the last the
+    loss is taken while it is held (`_align_in_chunks`).
     """
     pairs = sum(rows for rows, _ in shapes) // 2
     chunked = settings.negatives == "global" and chunks > 1
@@ -208,7 +209,9 @@ def alignment_pass(
         return _contrast(torch.zeros(2, pairs * chunks, paper.hidden, requires_grad=True), copies, settings)
 
     loss = _run(paper, lose, zero3)
-    return Pass(one.saved + held, max(one.peak + held, loss.peak), one.logits, one.peak_with_gradients + held)
+    return Pass(
+        one.saved + held, max(one.peak + held, one.saved + loss.peak), one.logits, one.peak_with_gradients + held
+    )
 
 
 def _inputs(rows: int, tokens: int) -> dict[str, torch.Tensor]:

@@ -91,20 +91,26 @@ def _align_in_chunks(engine, chunks: list[BitextChunk], settings: Alignment, wei
 
     Encode without graph, take the loss's gradient with respect to the embeddings, then encode each chunk again and
     carry its part of that gradient back. Both encodings of a chunk start from the same random state: with different
-    dropout masks the gradient is plainly wrong (relative error 0.8 at LoRA dropout 0.1).
+    dropout masks the gradient is plainly wrong (relative error 0.8 at LoRA dropout 0.1). The last chunk keeps its
+    graph, and is encoded once.
     """
+    *earlier, last = chunks
     states, embeddings = [], []
     with torch.no_grad():
-        for chunk in chunks:
+        for chunk in earlier:
             states.append(random_state())
             embeddings.append(engine(bitext=chunk.passes))
-    whole = torch.cat(embeddings, dim=1).requires_grad_()
+    embeddings.append(engine(bitext=last.passes))
+    whole = torch.cat([each.detach() for each in embeddings], dim=1).requires_grad_()
     loss = alignment_loss(whole, torch.cat([chunk.keys for chunk in chunks]), settings)
     (gradient,) = torch.autograd.grad(loss * weight, whole)
-    parts = gradient.split([len(chunk.keys) for chunk in chunks], dim=1)
-    for chunk, state, part in zip(chunks, states, parts):
+    *parts, part = gradient.split([len(chunk.keys) for chunk in chunks], dim=1)
+    engine.backward((embeddings.pop() * part).sum(), scale_wrt_gas=False)
+    drawn = random_state()
+    for chunk, state, part in zip(earlier, states, parts):
         set_random_state(state)
         engine.backward((engine(bitext=chunk.passes) * part).sum(), scale_wrt_gas=False)
+    set_random_state(drawn)  # or the next pass would drop out what the last chunk did
     return loss.detach()
 
 

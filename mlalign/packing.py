@@ -5,8 +5,10 @@ architectures not at all: they let a row see the ones before it, without a word.
 """
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from mlalign import distributed
 from mlalign.config import Model
 from mlalign.data import collate_bitext, collate_task, pad_id
 from mlalign.errors import UserError
@@ -39,14 +41,14 @@ def choose_pad(engine, settings: Model, tokenizer: PreTrainedTokenizerBase) -> i
         wrong = f"packed rows differ from padded ones by {error:.1g}" if not error <= _ROUNDING[dtype] else ""
     except (TypeError, ValueError, NotImplementedError) as failure:  # a forward that does not know the arguments
         wrong = " ".join(str(failure).split())
+    wrong = distributed.broadcast_object(wrong)
     if not wrong:
         return None
-    name = type(engine.module.lm.get_base_model() if hasattr(engine.module.lm, "peft_config") else engine.module.lm)
+    lm = engine.module.lm
+    found = f"{type(lm.get_base_model() if isinstance(lm, PeftModel) else lm).__name__} cannot tell packed rows apart"
     if settings.packing is True:
-        raise UserError(
-            f"model.packing: {name.__name__} cannot tell packed rows apart: {wrong}; set it to auto or false"
-        )
-    say(f"rows are padded, for {name.__name__} cannot tell packed ones apart: {wrong}")
+        raise UserError(f"model.packing: {found}: {wrong}; set it to auto or false")
+    say(f"rows are padded: {found}: {wrong}")
     return pad_id(tokenizer)
 
 

@@ -16,7 +16,6 @@ from mlalign.data import prefers_one_pass
 from mlalign.dataset import load_dataset
 from mlalign.errors import UserError
 from mlalign.examples import Pair, TaskExample
-from mlalign.packing import wants_packing
 from mlalign.rows import is_local, read_rows
 from mlalign.sampler import GlobalOrder, slices
 from mlalign.schedule import batches, total_steps
@@ -92,8 +91,7 @@ def _survey_one(
     sample = rows or _STREAMED * size
     tokens = sum(map(len, order.take(sample)))
     order.restore({"epoch": 0, "position": 0})
-    packed = wants_packing(config.model)
-    shapes, learned = _largest(order, math.ceil(sample / size), size, section.micro_batch_size, ranks, packed)
+    shapes, learned = _largest(order, math.ceil(sample / size), size, section.micro_batch_size, ranks)
     one_epoch = config.optimizer.model_copy(update={"steps": None, "epochs": 1.0})
     return Workload(
         **known,
@@ -106,15 +104,13 @@ def _survey_one(
     )
 
 
-def _largest(
-    order: GlobalOrder, count: int, size: int, micro_batch_size: int, ranks: int, packed: bool
-) -> tuple[Shapes, int]:
+def _largest(order: GlobalOrder, count: int, size: int, micro_batch_size: int, ranks: int) -> tuple[Shapes, int]:
     """Of `count` batches, the shapes of the share with the most positions, and its learned tokens."""
     largest, learned, most = (), 0, 0
     for _ in range(count):
         for shares in slices(order.take(size), micro_batch_size, ranks):
             for share in shares:
-                shapes = ((1, sum(map(len, share))),) if packed else _shapes(share, shares)
+                shapes = _shapes(share, shares)
                 positions = sum(rows * width for rows, width in shapes)
                 if positions > most:
                     largest, most = shapes, positions
@@ -123,7 +119,7 @@ def _largest(
 
 
 def _shapes(share: list[TaskExample] | list[Pair], shares: list) -> Shapes:
-    """As `data.collate_task` and `data.collate_bitext` pad them."""
+    """As `data.collate_task` and `data.collate_bitext` pad them; packed they take less."""
     if isinstance(share[0], TaskExample):
         return ((len(share), max(map(len, share))),)
     src, tgt = max(len(pair.src) for pair in share), max(len(pair.tgt) for pair in share)

@@ -101,8 +101,9 @@ def test_contrast_keeps_no_matrix_of_all_similarities():
     assert sum(held.values()) < pairs * pairs
 
 
-def gradients_in_chunks_and_in_one_graph(values: dict, zero: dict) -> float:
-    """Relative error of the chunked gradient against that of one graph over the same encodings."""
+def gradients_in_chunks_and_in_one_graph(values: dict, zero: dict) -> tuple[float, bool]:
+    """Relative error of the chunked gradient against that of one graph over the same encodings; whether both leave the
+    same random state."""
     from deepspeed.utils import safe_get_full_grad
 
     from mlalign import distributed, model, sharding
@@ -132,12 +133,14 @@ def gradients_in_chunks_and_in_one_graph(values: dict, zero: dict) -> float:
     engine = build(zero)
     with objectives.one_reduction(engine):
         objectives.align_backward(engine, chunks, config.alignment, 1.0)
+    drawn = objectives.random_state()
     names = [name for name, p in engine.module.named_parameters() if p.requires_grad]
     found = {n: safe_get_full_grad(p) for n, p in engine.module.named_parameters() if p.requires_grad}
     engine.destroy()
 
     plain = build({"zero_optimization": {"stage": 0}})
     embeddings = torch.cat([plain.module(bitext=chunk.passes) for chunk in chunks], dim=1)
+    same = all(map(torch.equal, drawn, objectives.random_state()))
     objectives.alignment_loss(embeddings, torch.cat([chunk.keys for chunk in chunks]), config.alignment).backward()
     wanted = {}
     for name, p in plain.module.named_parameters():
@@ -146,7 +149,7 @@ def gradients_in_chunks_and_in_one_graph(values: dict, zero: dict) -> float:
             wanted[name] = distributed.all_sum(own.clone()) / distributed.world_size()
     plain.destroy()
     difference = sum((found[n] - wanted[n]).square().sum() for n in names)
-    return float((difference / sum(wanted[n].square().sum() for n in names)).sqrt())
+    return float((difference / sum(wanted[n].square().sum() for n in names)).sqrt()), same
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -155,11 +158,13 @@ def test_chunked_alignment_equals_one_graph_with_lora_dropout(ranks, settings, s
     settings["lora"]["dropout"] = 0.1
     if stage == 3:  # adapters start at zero and are sharded before a test can change that
         settings["lora"] = None
-    error = ranks(2).run(gradients_in_chunks_and_in_one_graph, settings, {"zero_optimization": {"stage": stage}})[0]
+    zero = {"zero_optimization": {"stage": stage}}
+    error, same_random_state = ranks(2).run(gradients_in_chunks_and_in_one_graph, settings, zero)[0]
     assert error < 1e-5
+    assert same_random_state, "the next pass would drop out what this one did"
 
 
-def without_replay(values: dict) -> float:
+def without_replay(values: dict) -> tuple[float, bool]:
     keep, objectives.set_random_state = objectives.set_random_state, lambda state: None
     try:
         return gradients_in_chunks_and_in_one_graph(values, {"zero_optimization": {"stage": 2}})
@@ -169,4 +174,6 @@ def without_replay(values: dict) -> float:
 
 def test_that_comparison_would_notice_other_dropout_masks(ranks, settings):
     settings["lora"]["dropout"] = 0.1
-    assert ranks(2).run(without_replay, settings)[0] > 0.05
+    error, same_random_state = ranks(2).run(without_replay, settings)[0]
+    assert error > 0.05
+    assert not same_random_state

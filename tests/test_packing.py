@@ -71,7 +71,7 @@ def test_a_model_that_cannot_tell_packed_rows_apart_is_refused_or_padded(tokeniz
         packing.choose_pad(engine, Model(path="", packing=True), tokenizer)
     monkeypatch.setattr(packing, "wants_packing", lambda settings: True)
     assert packing.choose_pad(engine, Model(path=""), tokenizer) == tokenizer.pad_token_id
-    assert "rows are padded, for FalconForCausalLM" in capsys.readouterr().out
+    assert "rows are padded: FalconForCausalLM" in capsys.readouterr().out
 
 
 def test_a_model_without_positions_is_refused_too(tokenizer):

@@ -89,6 +89,7 @@ def test_model_states_are_what_deepspeed_holds(ranks, settings, tmp_path, stage,
 
 def allocations(run) -> tuple[int, int]:
     """Bytes allocated by `run` and not freed by its end, and the most at any time, as torch's profiler counts them."""
+    gc.collect()  # what earlier tests left would be freed meanwhile, and count
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = run()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())

@@ -17,10 +17,8 @@ LAYERS = [
     {"data", "sampler", "model", "checkpoint", "merging", "predictions", "corpora.item", "token_cache"},
     {"objectives", "dataset", "sharding", "parallel", "checks", "generation", "report", "comet", "sieve"}
     | {f"corpora.{name}" for name in ("massive", "translation", "uner", "bitext", "against")},
-    {"evaluation", "states", "probe_report", "loader"},
-    {"probe_show", "packing"},
-    {"workload"},
-    {"activations"},
+    {"evaluation", "states", "probe_report", "workload", "loader"},
+    {"probe_show", "activations", "packing"},
     {"estimate"},
     {f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("[!_]*.py")} - {"commands.merge", "commands.plan"},
     {"commands.merge", "commands.plan"},  # which tunes its weight by evaluating, and measures by training
