@@ -1,9 +1,9 @@
 """An alignment batch of any size at the memory of one micro-batch: `python benchmarks/gradcache.py`.
 
 Real alignment steps of `mlalign train` on one rank: every pair against every other, whole batches against micro-batches
-of 64 pairs. Where a batch has several, they are encoded without gradient first and again with it (GradCache, Gao et al.
-2021), which costs a second forward pass: with adapters, whose backward pass costs about as much as a forward pass, at
-most 1.5 times the whole.
+of 64 pairs. Where a batch has several, all but the last are encoded without gradient first and again with it
+(GradCache, Gao et al. 2021), which costs a second forward pass: with adapters, whose backward pass costs about as much
+as a forward pass, 1.25 times the whole for two of them, and less than 1.5 times for any number.
 
 Each run is a process of its own, and times are taken in turn. Memory is that of other processes, one after the other,
 in which glibc gives freed tensors back at once (MALLOC_MMAP_THRESHOLD_), or it would be that of holes in the heap.
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 CHUNK = 64
-SIZES = (64, 256, 1024, 4096)
+SIZES = (32, 64, 128, 256, 1024, 4096, 8192)
 WHOLE = 1024  #: pairs of the largest batch that is also encoded in one piece, for which this shape takes 4 GiB
 SHAPE = {
     "hidden_size": 128,
@@ -72,7 +72,8 @@ def take_steps(values: dict, asked: Connection) -> None:
 
 
 def main(rounds: int) -> None:
-    in_chunks, whole = [(size, CHUNK) for size in SIZES], [(size, size) for size in SIZES if size <= WHOLE]
+    in_chunks = [(size, CHUNK) for size in SIZES if size >= CHUNK]
+    whole = [(size, size) for size in SIZES if size <= WHOLE]
     runs = {run: [] for run in sorted({*in_chunks, *whole})}
     with tempfile.TemporaryDirectory(prefix="gradcache-benchmark-") as name:
         folder = Path(name)

@@ -43,6 +43,7 @@ class Model(BaseModel, extra="forbid"):
     precision: Literal["auto", "bf16", "fp32"] = "auto"  #: auto = bf16 on CUDA, else fp32
     packing: bool | Literal["auto"] = "auto"  #: rows without padding behind each other; auto = with flash attention
     gradient_checkpointing: bool = False
+    compile: bool = False  #: torch.compile of each block, with ZeRO-0 to 2; takes half a minute at a start
     trust_remote_code: bool = False
 
 

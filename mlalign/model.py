@@ -6,6 +6,7 @@ alignment pass runs the first k decoder blocks and nothing else.
 
 import copy
 import math
+import shutil
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from torch import nn
+from torch.utils._triton import has_triton
+from torch.utils.cpp_extension import get_cxx_compiler
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available
@@ -117,6 +120,26 @@ def _sharded_loading(deepspeed_config: dict[str, Any] | None) -> Iterator[None]:
         yield
     finally:
         del keeper
+
+
+def compile_blocks(lm: nn.Module) -> None:
+    """Have torch compile the blocks when they first run: once for all of them, and for all shapes.
+
+    Raises UserError where there is nothing to compile with.
+    """
+    if distributed.uses_cuda():
+        missing = None if has_triton() else "triton"
+    else:
+        missing = None if shutil.which(get_cxx_compiler()) else get_cxx_compiler()
+    if missing:
+        raise UserError(f"model.compile needs {missing}, which is not there: install it, or set it to false")
+    # Passes of several kinds (with gradient and without, padded and packed, of either mode) are versions of one code.
+    torch._dynamo.config.recompile_limit = 64
+    # torch's random numbers, not inductor's: a compiled run drops out what a plain one does, in every kind of pass.
+    torch._inductor.config.fallback_random = True
+    decoder, stack, _ = decoder_parts(lm)
+    for block in getattr(decoder, stack):
+        block.compile(dynamic=True)
 
 
 def add_lora(lm: PreTrainedModel, lora: Lora) -> PeftModel:

@@ -101,6 +101,9 @@ def test_contrast_keeps_no_matrix_of_all_similarities():
     assert sum(held.values()) < pairs * pairs
 
 
+STAGE_2 = {"zero_optimization": {"stage": 2}}
+
+
 def gradients_in_chunks_and_in_one_graph(values: dict, zero: dict) -> tuple[float, bool]:
     """Relative error of the chunked gradient against that of one graph over the same encodings; whether both leave the
     same random state."""
@@ -120,7 +123,8 @@ def gradients_in_chunks_and_in_one_graph(values: dict, zero: dict) -> tuple[floa
     ]
     assert len(chunks) > 1
 
-    def build(zero: dict):
+    def build(zero: dict, compiled: bool = False):
+        config.model.compile = compiled
         engine = train._make_engine(config, sharding.engine_config(config, zero), layer=2)
         with torch.no_grad():
             for name, parameter in engine.module.named_parameters():
@@ -130,7 +134,7 @@ def gradients_in_chunks_and_in_one_graph(values: dict, zero: dict) -> tuple[floa
         torch.manual_seed(7 + distributed.rank())
         return engine
 
-    engine = build(zero)
+    engine = build(zero, config.model.compile)
     with objectives.one_reduction(engine):
         objectives.align_backward(engine, chunks, config.alignment, 1.0)
     drawn = objectives.random_state()
@@ -164,10 +168,19 @@ def test_chunked_alignment_equals_one_graph_with_lora_dropout(ranks, settings, s
     assert same_random_state, "the next pass would drop out what this one did"
 
 
+def test_compiled_blocks_drop_out_what_plain_ones_do(ranks, settings):
+    """The chunks' gradient, with and without compiling: the plain graph it is compared with is not compiled."""
+    settings["lora"]["dropout"] = 0.1
+    settings["model"]["compile"] = True
+    error, same_random_state = ranks(2).run(gradients_in_chunks_and_in_one_graph, settings, STAGE_2)[0]
+    assert error < 1e-5
+    assert same_random_state
+
+
 def without_replay(values: dict) -> tuple[float, bool]:
     keep, objectives.set_random_state = objectives.set_random_state, lambda state: None
     try:
-        return gradients_in_chunks_and_in_one_graph(values, {"zero_optimization": {"stage": 2}})
+        return gradients_in_chunks_and_in_one_graph(values, STAGE_2)
     finally:
         objectives.set_random_state = keep
 

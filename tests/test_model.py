@@ -226,3 +226,9 @@ def test_a_model_without_tokenizer_or_weights_is_one_sentence(tmp_path):
         model_module.load_tokenizer(Model(path=str(tmp_path)))
     with pytest.raises(UserError, match="no model could be loaded"):
         model_module.load_model_config(Model(path=str(tmp_path)))
+
+
+def test_compiling_without_a_compiler_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"model\.compile needs no-such-compiler, which is not there"):
+        model_module.compile_blocks(build("llama"))

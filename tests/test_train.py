@@ -306,6 +306,7 @@ def failure(values: dict, *overrides: str) -> str:
         (["alignment.negatives=local", "alignment.micro_batch_size=7"], "leaves a micro-batch of one pair"),
         (["optimizer.lr=1e30", "log_every=1"], "after step 2: try a lower optimizer.lr"),
         (["task.columns=x"], "unknown key task.columns"),
+        (["model.compile=true", "deepspeed=ds_configs/zero3.json"], "model.compile needs ZeRO stage 0, 1 or 2"),
     ],
 )
 def test_a_mistake_is_one_sentence(ranks, settings, tmp_path, overrides, sentence):

@@ -253,6 +253,8 @@ def _make_engine(config: Config, engine_config: dict[str, Any], layer: int):
     if config.lora:
         torch.manual_seed(config.seed)  # the same adapters on every rank and ZeRO stage
         lm = model.add_lora(lm, config.lora)
+    if config.model.compile:
+        model.compile_blocks(lm)
     aligned = model.AlignedModel(lm, layer, config.alignment.pooling if config.alignment else "mean")
     groups = sharding.parameter_groups(aligned, config.optimizer.weight_decay)
     optimizer = sharding.make_optimizer(config, groups, engine_config)
