@@ -1,16 +1,17 @@
 """Save, resume, rotate, export. A run directory's `checkpoints/` and its `adapter/` or `model/`.
 
-    checkpoints/step-000200/   DeepSpeed's files, state.json, rank-N.pt
-    checkpoints/latest         the name of the newest whole checkpoint
+    checkpoints/step-000200/   DeepSpeed's files, rank-N.pt, and state.json with the hashes of all, and its own
+    checkpoints/latest         the name of the newest
     adapter/ or model/         the result, in peft's or transformers' own format
 
-Everything is written aside and renamed, and `latest` moves last: what is there under its name is whole.
+Everything is written aside, synced and renamed, and `latest` moves last: what is there under its name is whole. Should
+the disk fail it later, the hashes say so before it is loaded, and the checkpoint before it is taken.
 """
 
 import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mlalign import distributed, jobs
+from mlalign.durable import fault, sync_folder, write_hashed
 from mlalign.errors import UserError
-from mlalign.rundir import write_whole
+from mlalign.rundir import digest, write_whole
+from mlalign.tracker import say
+
+_STATE = "state.json"
 
 
 class _Pending(NamedTuple):
@@ -49,22 +54,28 @@ class Saver:
         self._engine, self._run_dir = engine, run_dir
         self._folder, self._partial = run_dir / "checkpoints", run_dir / "checkpoints" / "partial"
         self._thread = ThreadPoolExecutor(1) if in_background else None
+        self._writer = engine.checkpoint_engine = _Writer(in_background)
         self._pending: _Pending | None = None
 
     def save(self, step: int, state: dict[str, Any], own: dict[str, Any], keep: set[int]) -> None:
         """Write a checkpoint of the engine, `state` (JSON) and every rank's `own` (tensors). Called by all ranks.
 
-        Then those of all steps but this and `keep` are deleted.
+        Those of all steps but this, the one before it and `keep` are deleted. Raises UserError, on all ranks, where one
+        could not write.
         """
         self.finish()
         name = f"step-{step:06d}"
-        if distributed.is_main():
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir(parents=True)
-        distributed.barrier()
+        with distributed.on_main(), _said_in_one_sentence(self._partial):
+            if distributed.is_main():
+                shutil.rmtree(self._partial, ignore_errors=True)
+                self._partial.mkdir(parents=True)
+        frozen = any(not p.requires_grad for p in self._engine.module.parameters())
+        settings = {"tag": name, "save_latest": False, "exclude_frozen_parameters": frozen}
+        self._writer.begin()
         with _said_in_one_sentence(self._partial):
-            written = self._write_engine(name)
-            torch.save(own, self._partial / name / f"rank-{distributed.rank()}.pt")
+            self._engine.save_checkpoint(str(self._partial), **settings)
+        self._writer.save(own, str(self._partial / name / f"rank-{distributed.rank()}.pt"))
+        written = self._thread.submit(self._writer.write_held) if self._thread else None
         self._pending = _Pending(step, name, state, keep, written)
         if written is None:
             self.finish()
@@ -80,65 +91,73 @@ class Saver:
             return
         pending, self._pending = self._pending, None
         if pending.written is not None:
-            failure = None
-            try:
-                with _said_in_one_sentence(self._partial):
-                    pending.written.result()
-            except UserError as error:
-                failure = str(error)
-            failures = [each for each in distributed.gather_objects(failure) if each]
-            if failures:
-                raise UserError(failures[0])
-        distributed.barrier()
-        if distributed.is_main():
-            self._give_name(pending)
-        distributed.barrier()
+            pending.written.result()
+        failures, files = zip(*distributed.gather_objects((self._writer.failure, self._writer.written)))
+        with _said_in_one_sentence(self._partial):
+            if failure := next(filter(None, failures), None):
+                raise OSError(failure)
+        with distributed.on_main(), _said_in_one_sentence(self._partial):
+            if distributed.is_main():
+                self._give_name(pending, {name: digest for each in files for name, digest in each.items()})
 
-    def _write_engine(self, name: str) -> Future[None] | None:
-        frozen = any(not p.requires_grad for p in self._engine.module.parameters())
-        arguments = {"tag": name, "save_latest": False, "exclude_frozen_parameters": frozen}
-        if self._thread is None:
-            self._engine.save_checkpoint(str(self._partial), **arguments)
-            return None
-        writer, copies = self._engine.checkpoint_engine, _Copies()
-        self._engine.checkpoint_engine = copies
-        try:
-            self._engine.save_checkpoint(str(self._partial), **arguments)
-        finally:
-            self._engine.checkpoint_engine = writer
-        return self._thread.submit(copies.write)
-
-    def _give_name(self, pending: _Pending) -> None:
+    def _give_name(self, pending: _Pending, files: dict[str, str]) -> None:
         folder, name = self._folder, pending.name
         layout = {"world_size": distributed.world_size(), "zero_stage": self._engine.zero_optimization_stage()}
-        state = {"step": pending.step, **layout, **pending.state}
-        (self._partial / name / "state.json").write_text(json.dumps(state, indent=2))
+        state = {"step": pending.step, **layout, **pending.state, "files": files}
+        write_hashed(self._partial / name / _STATE, lambda file: file.write(_sealed(state)))
+        sync_folder(self._partial / name)
+        before = _named_latest(folder)
         old = folder / f"{name}.old"  # an evaluation after a resume saves the same step again
         if (folder / name).exists():
             (folder / name).rename(old)
         (self._partial / name).rename(folder / name)
+        sync_folder(folder)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(self._partial)  # DeepSpeed leaves a script beside the checkpoint
         write_whole(folder / "latest", name)
         jobs.say_progress(f"{self._run_dir}: step {pending.step}")
-        _rotate(folder, {f"step-{step:06d}" for step in pending.keep} | {name})
+        keep = {f"step-{step:06d}" for step in pending.keep} | {name, before}
+        for path in folder.glob("step-*"):
+            if path.name not in keep:
+                shutil.rmtree(path, ignore_errors=True)
 
 
-class _Copies(TorchCheckpointEngine):
-    """What DeepSpeed would write now, kept in host memory until `write`."""
+class _Writer(TorchCheckpointEngine):
+    """Writes this rank's files for DeepSpeed, at once or when told to.
 
-    def __init__(self) -> None:
+    A failure is kept for later instead of raised: the other ranks are in the midst of DeepSpeed's collectives.
+    """
+
+    def __init__(self, holds: bool) -> None:
         super().__init__()
-        self._files: dict[Path, io.BytesIO] = {}
+        self._holds = holds
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the checkpoint before."""
+        self._held: dict[Path, io.BytesIO] = {}
+        self.written: dict[str, str] = {}  #: name -> SHA-256
+        self.failure: str | None = None
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        torch.save(state_dict, self._files.setdefault(Path(path), io.BytesIO()))
+        if self._holds:
+            torch.save(state_dict, self._held.setdefault(Path(path), io.BytesIO()))
+        else:
+            self._write(Path(path), lambda file: torch.save(state_dict, file))
 
-    def write(self) -> None:
+    def write_held(self) -> None:
         """Write the files, and let go of them."""
-        while self._files:
-            path, content = self._files.popitem()
-            path.write_bytes(content.getbuffer())
+        while self._held:
+            path, content = self._held.popitem()
+            self._write(path, lambda file, content=content: file.write(content.getbuffer()))
+
+    def _write(self, path: Path, write: Callable) -> None:
+        if self.failure:
+            return
+        try:
+            self.written[path.name] = write_hashed(path, write)
+        except (OSError, RuntimeError) as error:  # a full disk reaches us as either
+            self.failure = str(error)
 
 
 @contextmanager
@@ -159,22 +178,67 @@ def _said_in_one_sentence(partial: Path) -> Iterator[None]:
         ) from error
 
 
-def _rotate(folder: Path, keep: set[str]) -> None:
-    for path in folder.glob("step-*"):
-        if path.name not in keep:
-            shutil.rmtree(path)
+def _sealed(state: dict[str, Any]) -> bytes:
+    """JSON with a hash of itself."""
+    state = json.loads(json.dumps(state))
+    return json.dumps({"digest": digest(state), **state}, indent=2).encode()
 
 
-def latest(run_dir: Path) -> str | None:
-    """The name of the newest whole checkpoint, None where there is none yet."""
-    pointer = run_dir / "checkpoints" / "latest"
-    if not pointer.is_file():
+def _unsealed(path: Path) -> dict[str, Any] | None:
+    """What `_sealed` made, None where it is not that any more."""
+    try:
+        state = json.loads(path.read_bytes())
+        return state if state.pop("digest") == digest(state) else None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # JSON of any kind, or none
         return None
-    name = pointer.read_text().strip()
-    old = pointer.with_name(f"{name}.old")
-    if old.exists() and not pointer.with_name(name).exists():  # killed between the two renames of `save`
-        old.rename(pointer.with_name(name))
-    return name
+
+
+def _named_latest(folder: Path) -> str | None:
+    try:
+        return (folder / "latest").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def newest_whole(run_dir: Path) -> str | None:
+    """The name of the checkpoint to go on from: the latest, or where that is damaged, which is said, the newest that is
+    not. None where there is none. Called by all ranks, which share the reading.
+
+    Raises UserError where there are checkpoints and none is whole.
+    """
+    folder = run_dir / "checkpoints"
+    with distributed.on_main():
+        names = _newest_first(folder) if distributed.is_main() else []
+    names = distributed.broadcast_object(names)
+    for name in names:
+        faults = [fault for each in distributed.gather_objects(_faults(folder / name)) for fault in each]
+        if not faults:
+            if distributed.is_main():
+                write_whole(folder / "latest", name)
+            return name
+        say(f"WARNING: checkpoint {folder / name} is damaged: {faults[0]}; going on from an older one", "bold red")
+    if names:
+        raise UserError(f"no checkpoint in {folder} is whole: choose another run_dir, or delete {folder} to start anew")
+    return None
+
+
+def _newest_first(folder: Path) -> list[str]:
+    """Names of what may be checkpoints, the one that `latest` names first."""
+    for old in folder.glob("step-*.old"):
+        if not old.with_suffix("").exists():  # killed between the two renames of `save`
+            old.rename(old.with_suffix(""))
+    latest = _named_latest(folder)
+    names = sorted((path.name for path in folder.glob("step-*") if path.suffix != ".old"), reverse=True)
+    return sorted(names, key=lambda name: name != latest)
+
+
+def _faults(checkpoint: Path) -> list[str]:
+    """What is wrong with this rank's share of the files."""
+    state = _unsealed(checkpoint / _STATE)
+    if state is None:
+        return [f"{checkpoint / _STATE} is missing or not what was written"]
+    own = sorted(state["files"].items())[distributed.rank() :: distributed.world_size()]
+    return [found for name, sha256 in own if (found := fault(checkpoint / name, sha256))]
 
 
 def load(engine, run_dir: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -183,7 +247,7 @@ def load(engine, run_dir: Path, name: str) -> tuple[dict[str, Any], dict[str, An
     Raises UserError where the checkpoint was made by another number of ranks or another ZeRO stage.
     """
     folder = run_dir / "checkpoints"
-    state = json.loads((folder / name / "state.json").read_text())
+    state = _unsealed(folder / name / _STATE)
     ranks, stage = distributed.world_size(), engine.zero_optimization_stage()
     if (state["world_size"], state["zero_stage"]) != (ranks, stage):
         saved = f"{state['world_size']} ranks and ZeRO-{state['zero_stage']}"
@@ -191,9 +255,7 @@ def load(engine, run_dir: Path, name: str) -> tuple[dict[str, Any], dict[str, An
             f"{folder / name} was saved by {saved}, this run has {ranks} and ZeRO-{stage}: resume with {saved}"
         )
     frozen = any(not p.requires_grad for p in engine.module.parameters())
-    found, _ = engine.load_checkpoint(str(folder), tag=name, load_module_strict=not frozen)
-    if found is None:
-        raise UserError(f"{folder / name} cannot be loaded: write the name of an older one into {folder}/latest")
+    engine.load_checkpoint(str(folder), tag=name, load_module_strict=not frozen)
     return state, torch.load(folder / name / f"rank-{distributed.rank()}.pt", weights_only=True)
 
 

@@ -3,15 +3,19 @@
 config.yaml        the resolved config          checkpoints/      see `checkpoint`
 deepspeed.json     what the engine was given    adapter/, model/  the result: best on dev, else the last
 environment.txt    of every start               tensorboard/      the same as metrics.jsonl, as curves
-metrics.jsonl      one line per log step
+metrics.jsonl      one line per log step        .lock             held by the run that writes here
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -25,7 +29,6 @@ def open_run(config: Config, run_dir: Path) -> None:
     with distributed.on_main():
         if not distributed.is_main():
             return
-        make_writable(run_dir, "run_dir")
         path = run_dir / "config.yaml"
         started = (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists()
         if path.exists() and started:
@@ -40,6 +43,34 @@ def open_run(config: Config, run_dir: Path) -> None:
             (run_dir / "environment.txt").unlink(missing_ok=True)
         with (run_dir / "environment.txt").open("a") as file:
             file.write(_environment())
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Keep a second run out of the directory for the body. A dead run holds nothing. Called by all ranks.
+
+    Raises UserError where another run has it.
+    """
+    with ExitStack() as stack:
+        with distributed.on_main():
+            if distributed.is_main():
+                make_writable(run_dir, "run_dir")
+                _lock(stack.enter_context((run_dir / ".lock").open("a+")), run_dir)
+        yield
+
+
+def _lock(file: IO[str], run_dir: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        who = file.read().strip() or "another run"
+        raise UserError(f"run_dir {run_dir} is in use by {who}: wait for its end, or choose another") from error
+    except OSError:  # a file system without locks
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on host {platform.node()}\n")
+    file.flush()
 
 
 def make_writable(folder: Path, name: str) -> None:

@@ -24,10 +24,10 @@ _FORMATS = {
 }
 
 
-def say(text: str) -> None:
+def say(text: str, style: str | None = None) -> None:
     """One line on the console of rank 0."""
     if distributed.is_main():
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(text, style=style, markup=False, soft_wrap=True)
 
 
 class Meter:

@@ -1,6 +1,9 @@
-"""Checkpoints written in the background, by two ranks with a real engine."""
+"""Checkpoints of two ranks with a real engine: written in the background, and damaged in every way."""
 
+import os
+import random
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,11 @@ import torch
 
 from mlalign.config import Config
 from mlalign.errors import UserError
+
+
+def latest(run_dir: Path) -> str | None:
+    pointer = run_dir / "checkpoints" / "latest"
+    return pointer.read_text() if pointer.exists() else None
 
 
 def started(values: dict, stage: int):
@@ -45,19 +53,21 @@ def saved_and_loaded(values: dict, stage: int) -> list[bool]:
     wanted = weights()
     own = {"number": torch.tensor(distributed.rank())}
     saver.save(1, {"said": "so"}, own, keep=set())
-    found = [checkpoint.latest(run_dir) is None]
+    found = [latest(run_dir) is None]
     distributed.barrier()
     step()
     step()  # what is written is of step 1 all the same
     saver.finish()
-    found.append(checkpoint.latest(run_dir) == "step-000001")
+    found.append(latest(run_dir) == "step-000001")
     saver.save(3, {}, own, keep={1})
-    while checkpoint.latest(run_dir) == "step-000001":  # a poll gives the name
+    while latest(run_dir) == "step-000001":  # a poll gives the name
         saver.poll()
         distributed.barrier()
-    saver.save(4, {}, own, keep={1})
+    for number in (4, 5):
+        saver.save(number, {}, own, keep={1})
     saver.finish()
-    found.append({each.name for each in run_dir.glob("checkpoints/*")} == {"latest", "step-000001", "step-000004"})
+    kept = {each.name for each in run_dir.glob("checkpoints/*")}
+    found.append(kept == {"latest", "step-000001", "step-000004", "step-000005"})
     state, read = checkpoint.load(engine, run_dir, "step-000001")
     loaded = weights()
     found += [state["said"] == "so", int(read["number"]) == distributed.rank()]
@@ -74,13 +84,13 @@ def test_what_is_written_in_the_background_is_of_the_step_that_saved_it(ranks, s
         assert all(found), found
 
 
-def failing(values: dict) -> tuple[str, str | None, bool]:
+def failing(values: dict, in_background: bool) -> tuple[str, str | None, bool]:
     """Rank 1 cannot write more than a few KiB: what is said, and what is left."""
     from mlalign import checkpoint, distributed
 
     run_dir = Path(values["run_dir"])
     engine, step, _ = started(values, stage=2)
-    saver = checkpoint.Saver(engine, run_dir, in_background=True)
+    saver = checkpoint.Saver(engine, run_dir, in_background)
     step()
     saver.save(1, {}, {}, keep=set())
     saver.finish()
@@ -97,14 +107,15 @@ def failing(values: dict) -> tuple[str, str | None, bool]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     engine.destroy()
     distributed.barrier()
-    return sentence, checkpoint.latest(run_dir), (run_dir / "checkpoints" / "partial").exists()
+    return sentence, latest(run_dir), (run_dir / "checkpoints" / "partial").exists()
 
 
-def test_a_full_disk_in_the_background_stops_all_ranks_with_one_sentence(ranks, settings):
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_full_disk_stops_all_ranks_with_one_sentence(ranks, settings, in_background):
     settings["lora"] = None
-    for sentence, latest, partial in ranks(2).run(failing, settings):
+    for sentence, named, partial in ranks(2).run(failing, settings, in_background):
         assert "cannot be written (is the disk full?), what was saved before is intact" in sentence
-        assert latest == "step-000001"
+        assert named == "step-000001"
         assert not partial
 
 
@@ -115,3 +126,98 @@ def test_the_optimizers_place_decides(settings):
     config = Config.model_validate(settings)
     assert not _saves_in_background(config, offloaded)
     assert _saves_in_background(config.model_copy(update={"async_checkpoint": True}), offloaded)
+
+
+# ------------------------------------------------------------------------------------------------------------- damage
+
+
+def flip(path: Path, rng: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def cut(path: Path, rng: random.Random) -> None:
+    os.truncate(path, rng.randrange(path.stat().st_size))
+
+
+def replace_by_zeros(path: Path, rng: random.Random) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def delete(path: Path, rng: random.Random) -> None:
+    path.unlink()
+
+
+def damaged(values: dict, count: int) -> list[tuple[str, str | None]]:
+    """Of so many damaged checkpoints: the file, and what is gone on from."""
+    from mlalign import checkpoint, distributed
+
+    run_dir, rng = Path(values["run_dir"]), random.Random(0)
+    engine, step, _ = started(values, stage=2)
+    saver = checkpoint.Saver(engine, run_dir, in_background=False)
+    for number in (1, 2):
+        step()
+        saver.save(number, {"said": [1.5, None, {"a": "b"}]}, {"own": torch.ones(3)}, keep=set())
+    engine.destroy()
+    whole, found = run_dir / "checkpoints" / "step-000002", []
+    aside = run_dir / "aside"
+    if distributed.is_main():
+        shutil.copytree(whole, aside)
+    assert checkpoint.newest_whole(run_dir) == whole.name
+    files = sorted(path.name for path in whole.iterdir())
+    for number in range(count):
+        file, harm = files[number % len(files)], (flip, cut, delete, replace_by_zeros, flip)[number % 5]
+        if distributed.is_main():
+            harm(whole / file, rng)
+        distributed.barrier()
+        found.append((file, checkpoint.newest_whole(run_dir)))
+        distributed.barrier()
+        if distributed.is_main():
+            shutil.rmtree(whole)
+            shutil.copytree(aside, whole)
+            (run_dir / "checkpoints" / "latest").write_text(whole.name)
+        distributed.barrier()
+    assert checkpoint.newest_whole(run_dir) == whole.name
+    return found
+
+
+def test_a_hundred_damaged_checkpoints_are_found_and_the_one_before_is_taken(ranks, settings):
+    for found in ranks(2).run(damaged, settings, 100):
+        assert len({file for file, _ in found}) > 4
+        assert [(file, name) for file, name in found if name != "step-000001"] == []
+
+
+def all_damaged(values: dict) -> str:
+    from mlalign import checkpoint, distributed
+
+    run_dir = Path(values["run_dir"])
+    engine, step, _ = started(values, stage=2)
+    saver = checkpoint.Saver(engine, run_dir, in_background=False)
+    step()
+    saver.save(1, {}, {}, keep=set())
+    engine.destroy()
+    distributed.barrier()
+    if distributed.is_main():
+        (run_dir / "checkpoints" / "latest").write_bytes(b"\xff\x00nonsense")
+    distributed.barrier()
+    assert checkpoint.newest_whole(run_dir) == "step-000001"
+    distributed.barrier()
+    if distributed.is_main():
+        (run_dir / "checkpoints" / "step-000001").rename(run_dir / "checkpoints" / "step-000001.old")
+    distributed.barrier()
+    assert checkpoint.newest_whole(run_dir) == "step-000001", "killed between two renames"
+    distributed.barrier()
+    if distributed.is_main():
+        (run_dir / "checkpoints" / "step-000001" / "state.json").write_text("[]")
+    distributed.barrier()
+    try:
+        checkpoint.newest_whole(run_dir)
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_where_none_is_whole_nothing_is_begun_anew_in_silence(ranks, settings):
+    for sentence in ranks(2).run(all_damaged, settings):
+        assert "is whole: choose another run_dir, or delete" in sentence

@@ -91,6 +91,7 @@ def test_the_run_directory_holds_what_the_readme_says(tmp_path, recipe, tiny_mod
         "tensorboard",
         "checkpoints",
         "adapter",
+        ".lock",
     }
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     logged = {
@@ -179,14 +180,45 @@ def test_a_signal_saves_and_the_resumed_run_logs_what_an_undisturbed_one_does(tm
     assert metrics(stopped["run_dir"]) == metrics(straight["run_dir"])
 
 
-def test_early_stopping_keeps_the_best_and_the_last_checkpoint(tmp_path, recipe):
+def test_a_damaged_checkpoint_costs_steps_and_changes_nothing(tmp_path, recipe):
+    recipe |= {"checkpoint_every": 2, "evaluation": {"every": 100}}
+    recipe["optimizer"] |= {"steps": 6}
+    run(ALONE, recipe, tmp_path / "c.yaml")
+    wanted, folder = metrics(recipe["run_dir"]), Path(recipe["run_dir"]) / "checkpoints"
+    weights = load_file(folder.parent / "adapter" / "adapter_model.safetensors")
+    (file,) = (folder / "step-000006").glob("*model_states.pt")
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    output = run(ALONE, recipe, tmp_path / "c.yaml")
+    assert f"WARNING: checkpoint {folder / 'step-000006'} is damaged: {file} is not what was written" in output
+    assert f"resumed from {folder / 'step-000004'}" in output and "done, 6 steps" in output
+    assert metrics(recipe["run_dir"]) == wanted
+    again = load_file(folder.parent / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_a_second_run_on_the_same_directory_is_refused(tmp_path, recipe):
+    recipe["optimizer"] |= {"steps": 1000}
+    first = start(ALONE, recipe, tmp_path / "c.yaml")
+    log = Path(recipe["run_dir"]) / "metrics.jsonl"
+    while not (log.exists() and log.read_text()):
+        assert first.poll() is None
+        time.sleep(0.05)
+    second = start(ALONE, recipe, tmp_path / "d.yaml")
+    output, _ = second.communicate(timeout=120)
+    assert second.returncode == 2
+    assert f"run_dir {recipe['run_dir']} is in use by process {first.pid} on host" in output
+    first.kill()
+    first.communicate()
+
+
+def test_early_stopping_keeps_the_best_and_the_last_two_checkpoints(tmp_path, recipe):
     recipe |= {"evaluation": {"every": 2, "patience": 2}}
     recipe["optimizer"] |= {"steps": 200, "lr": 0.5}  # far too high: dev gets worse
     output = run(ALONE, recipe, tmp_path / "c.yaml")
     assert "stopped early at step" in output
     steps = sorted(int(path.name[5:]) for path in (Path(recipe["run_dir"]) / "checkpoints").glob("step-*"))
     losses = {step: loss for (step, name), loss in metrics(recipe["run_dir"]).items() if name == "dev/task_loss"}
-    assert steps == sorted({min(losses, key=losses.get), max(losses)})
+    assert steps == sorted({min(losses, key=losses.get), *sorted(losses)[-2:]})
     again = run(ALONE, recipe, tmp_path / "c.yaml")
     assert "stopped early at step" in again and "dev  task_loss" not in again
 

@@ -160,7 +160,7 @@ def _show(result: dict[str, Any], settings: Settings) -> None:
     if result["measured"]:
         of = "its process, libraries included" if run["device"] == "cpu" else "tensors"
         say(f"measured in {settings.measure} steps on rank 0: {_size(result['measured']['memory'])} of {of}")
-    say(f"disk: {_size(disk['checkpoint'])} a checkpoint, best and latest are kept; result {_size(disk['result'])}")
+    say(f"disk: {_size(disk['checkpoint'])} a checkpoint, best and last two are kept; result {_size(disk['result'])}")
     say(_time_line(run["steps"], result["time"]))
     if "advice" in result:
         console.print(_advice_table(result["advice"], run["device"]))

@@ -30,7 +30,7 @@ from mlalign.objectives import (
     task_backward,
 )
 from mlalign.packing import choose_pad
-from mlalign.rundir import open_run, write_whole
+from mlalign.rundir import held, open_run, write_whole
 from mlalign.tracker import Meter, Tracker, say
 
 
@@ -69,7 +69,12 @@ def train(config: Config) -> None:
     engine_config = sharding.engine_config(config, read_deepspeed(config.deepspeed))
     run_dir = Path(config.run_dir)
     config.check_ranks(distributed.world_size())
-    open_run(config, run_dir)
+    with held(run_dir):
+        open_run(config, run_dir)
+        _train(config, engine_config, run_dir)
+
+
+def _train(config: Config, engine_config: dict[str, Any], run_dir: Path) -> None:
     tokenizer = model.load_tokenizer(config.model)
     layer = model.checked_layer(config)
     dataset = load_dataset(config, tokenizer)
@@ -230,7 +235,7 @@ def _save(
 
 def _resume(engine, dataset: Dataset, meter: Meter, run_dir: Path, seed: int, steps: int) -> Progress:
     """Go back to the latest checkpoint, or start. Raises UserError where the data has another number of rows now."""
-    name = distributed.broadcast_object(checkpoint.latest(run_dir) if distributed.is_main() else None)
+    name = checkpoint.newest_whole(run_dir)
     if name is None:
         torch.manual_seed(seed * 1_000_003 + distributed.rank())  # dropout differs between ranks
         return Progress()
