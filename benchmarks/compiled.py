@@ -21,8 +21,8 @@ from rich.table import Table
 from step import SHAPES
 
 from mlalign import distributed
+from mlalign.collate import collate_task
 from mlalign.config import Lora, Model
-from mlalign.data import collate_task
 from mlalign.evaluation import to_device
 from mlalign.examples import TaskExample
 from mlalign.model import AlignedModel, add_lora, compile_blocks, load_lm

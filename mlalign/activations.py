@@ -186,7 +186,7 @@ def task_pass(paper: PaperModel, shapes: Shapes, learned: int, zero3: bool = Fal
 def alignment_pass(
     paper: PaperModel, shapes: Shapes, settings: Alignment, ranks: int, chunks: int, zero3: bool = False
 ) -> Pass:
-    """An alignment micro-batch of one or two passes, and InfoNCE over what `settings` contrasts.
+    """An alignment micro-batch of one or more passes, and InfoNCE over what `settings` contrasts.
 
     Args: chunks: micro-batches of one alignment batch on one rank. Where there are several and negatives are global,
     the loss is no part of the pass, but all embeddings and their gradients are held during it, and for the last the
@@ -215,8 +215,8 @@ def alignment_pass(
 
 
 def _inputs(rows: int, tokens: int) -> dict[str, torch.Tensor]:
-    shape = (rows, tokens)
-    return {"input_ids": torch.zeros(shape, dtype=torch.int64), "attention_mask": torch.ones(shape, dtype=torch.int64)}
+    ids = torch.zeros(rows, tokens, dtype=torch.int64)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "rows": torch.zeros(rows, dtype=torch.int64)}
 
 
 def _contrast(embeddings: torch.Tensor, copies: int, settings: Alignment) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""From rows to padded batches: check, tokenise, mask, truncate, collate.
+"""From rows to examples: check, tokenise, mask, truncate.
 
 A row is one JSON object. Task rows hold `messages` (rendered by the model's chat template, the assistant's turns are
 learned) or `prompt` and `completion` (plain text, the completion is learned). Bitext rows hold `src`, `tgt`,
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise, repeat
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -332,71 +331,3 @@ def bitext_fields(row: Row, where: str) -> tuple[str, str, tuple[str, str]]:
                 f"(found {', '.join(map(repr, row)) or 'nothing'}; `columns` renames)"
             )
     return row["src"], row["tgt"], (row["src_lang"], row["tgt_lang"])
-
-
-# --------------------------------------------------------------------------------------------------------- collating
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A valid id for positions that the attention mask hides and no label covers."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-
-
-def _padded(rows: list[list[int]], fill: int) -> torch.Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
-
-
-def collate_ids(rows: list[list[int]], pad: int | None) -> dict[str, torch.Tensor]:
-    """Rows for one pass, right-padded, or packed behind each other where `pad` is None.
-
-    Padded: `input_ids` and `attention_mask`, each [rows, width]. Packed: `input_ids` and `position_ids`, each [1,
-    tokens], every row's positions from 0 on; `attention_mask` of the padded rows; and `slots` [tokens], where in the
-    flattened padded rows each token would stand.
-    """
-    mask = _padded([[1] * len(row) for row in rows], 0)
-    if pad is not None:
-        return {"input_ids": _padded(rows, pad), "attention_mask": mask}
-    row, position = mask.nonzero(as_tuple=True)
-    ids = torch.tensor([[token for row in rows for token in row]])
-    slots = row * mask.shape[1] + position
-    return {"input_ids": ids, "position_ids": position[None], "attention_mask": mask, "slots": slots}
-
-
-def collate_task(batch: list[TaskExample], pad: int | None) -> dict[str, torch.Tensor]:
-    """`collate_ids`, and for each learned token, [learned]: `targets`, its id, and `positions`, where in the flattened
-    `input_ids` the state is that predicts it. None of it depends on the padding id."""
-    inputs = collate_ids([example.ids for example in batch], pad)
-    labels = _padded([example.labels for example in batch], IGNORED)
-    labels[:, 0] = IGNORED  # nothing predicts the first token
-    if pad is None:
-        labels = labels.flatten()[inputs["slots"]]
-    learned = (labels.flatten() != IGNORED).nonzero().squeeze(1)
-    return inputs | {"positions": learned - 1, "targets": labels.flatten()[learned]}
-
-
-def collate_bitext(batch: list[Pair], pad: int | None, one_pass: bool) -> list[dict[str, torch.Tensor]]:
-    """The passes that encode both sides: one of 2 * pairs rows, src first, or two of `pairs`. See `collate_ids`."""
-    src, tgt = [pair.src for pair in batch], [pair.tgt for pair in batch]
-    return [collate_ids(side, pad) for side in ([src + tgt] if one_pass else [src, tgt])]
-
-
-def pair_keys(batch: list[Pair]) -> torch.Tensor:
-    """[pairs, 3], int64: see `Pair.keys`."""
-    return torch.tensor([pair.keys for pair in batch], dtype=torch.int64)
-
-
-def prefers_one_pass(shares: Iterable[list[Pair]], pad: int | None) -> bool:
-    """Whether both sides are better encoded in one pass than in two: always, where they are packed.
-
-    One padded pass pads both sides to the longer one; it is worth up to a tenth more tokens, because it starts half as
-    many kernels. `shares` are the micro-batches of all ranks, so that every rank decides alike.
-    """
-    if pad is None:
-        return True
-    one = two = 0
-    for share in shares:
-        src, tgt = max(len(pair.src) for pair in share), max(len(pair.tgt) for pair in share)
-        one += 2 * len(share) * max(src, tgt)
-        two += len(share) * (src + tgt)
-    return one <= 1.1 * two

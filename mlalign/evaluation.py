@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mlalign import distributed, retrieval
+from mlalign.collate import collate_bitext, collate_task, pair_keys, pass_sizes
 from mlalign.config import Config
-from mlalign.data import collate_bitext, collate_task, pair_keys, prefers_one_pass
 from mlalign.examples import Pair, TaskExample
 from mlalign.objectives import alignment_loss
 from mlalign.sampler import slices
@@ -73,8 +73,11 @@ def embed_pairs(
         if stop():
             raise _StoppedError
         own = shares[distributed.rank()]
-        one_pass = prefers_one_pass([share for share in shares if share], pad)
-        passes = collate_bitext(own or shares[0][:1], pad, one_pass)
+        present = [share or shares[0][:1] for share in shares]
+        sizes = [2 * len(present[distributed.rank()])]
+        if len({len(share) for share in present}) == 1:  # of shares that differ in size, each is one pass
+            sizes = pass_sizes(present, pad, engine.zero_optimization_stage() == 3)
+        passes = collate_bitext(present[distributed.rank()], pad, sizes)
         embeddings = engine(bitext=[to_device(inputs, engine.device) for inputs in passes])
         found.append(embeddings[:, : len(own)].cpu())
     whole = torch.cat(distributed.gather_objects(torch.cat(found, dim=1)), dim=1)

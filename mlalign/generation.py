@@ -14,8 +14,8 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mlalign import distributed
+from mlalign.collate import collate_ids, pad_id
 from mlalign.config import Model
-from mlalign.data import collate_ids, pad_id
 from mlalign.errors import UserError
 from mlalign.model import load_for_inference
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 from mlalign import distributed, schedule
-from mlalign.config import Config
-from mlalign.data import collate_bitext, collate_task, pair_keys, prefers_one_pass
+from mlalign.collate import collate_bitext, collate_task, pair_keys, pass_sizes
+from mlalign.config import Config, read_deepspeed
 from mlalign.examples import Pair, TaskExample
 from mlalign.objectives import BitextChunk
 from mlalign.sampler import GlobalOrder, slices
@@ -43,9 +43,10 @@ class Loader:
     def __init__(
         self, config: Config, orders: dict[str, GlobalOrder], pad: int | None, first: int = 0, end: float = math.inf
     ) -> None:
-        """Args: pad: see `data.collate_ids`; first: the step to begin with, end: the one before which to stop."""
+        """Args: pad: see `collate.collate_ids`; first: the step to begin with, end: the one before which to stop."""
         self._config, self._orders, self._pad = config, orders, pad
         self._next, self._end = first, end
+        self._zero3 = read_deepspeed(config.deepspeed)["zero_optimization"]["stage"] == 3
         self._state = {objective: order.state() for objective, order in orders.items()}
         self._thread = ThreadPoolExecutor(1)
         self._ahead: Future[_Made] | None = None
@@ -84,7 +85,7 @@ class Loader:
         chunks = []
         for shares in slices(pairs, settings.micro_batch_size, distributed.world_size()):
             own = shares[distributed.rank()]
-            passes = collate_bitext(own, self._pad, prefers_one_pass(shares, self._pad))
+            passes = collate_bitext(own, self._pad, pass_sizes(shares, self._pad, self._zero3))
             chunks.append(BitextChunk(passes, pair_keys(own)))
         counts = _count([inputs for chunk in chunks for inputs in chunk.passes])
         return Batch("alignment", batch.weight, chunks, len(pairs), *counts)

@@ -281,7 +281,7 @@ class AlignedModel(nn.Module):
     ) -> torch.Tensor:
         """One pass of one objective.
 
-        Args: task: `data.collate_task`; or bitext: `data.collate_bitext`.
+        Args: task: `collate.collate_task`; or bitext: `collate.collate_bitext`.
         Returns: the sum of token NLL (a scalar), or embeddings [2, pairs, hidden], src first, fp32.
         """
         if task is not None:
@@ -304,10 +304,11 @@ class AlignedModel(nn.Module):
     def _pooled(self, passes: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         states = [self._view[0](**self._arguments(inputs)).last_hidden_state for inputs in passes]
         rows = [self._pool(_by_row(each, inputs), inputs["attention_mask"]) for each, inputs in zip(states, passes)]
-        return torch.cat(rows).view(2, -1, rows[0].shape[-1])
+        order = torch.cat([inputs["rows"] for inputs in passes]).argsort()
+        return torch.cat(rows).index_select(0, order).view(2, -1, rows[0].shape[-1])
 
     def _arguments(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """What a decoder is called with; inputs: see `data.collate_ids`."""
+        """What a decoder is called with; inputs: see `collate.collate_ids`."""
         if "slots" not in inputs:
             return {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
         arguments = {name: inputs[name] for name in ("input_ids", "position_ids")} | {"use_cache": False}

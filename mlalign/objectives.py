@@ -32,8 +32,8 @@ _ROWS = 64  #: but for no fewer rows than these: products of a few rows with ver
 class BitextChunk(NamedTuple):
     """This rank's share of one alignment micro-batch."""
 
-    passes: Passes  #: see `data.collate_bitext`
-    keys: torch.Tensor  #: [pairs, 3], see `data.pair_keys`
+    passes: Passes  #: see `collate.collate_bitext`
+    keys: torch.Tensor  #: [pairs, 3], see `collate.pair_keys`
 
 
 def one_reduction(engine) -> AbstractContextManager:

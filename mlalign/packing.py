@@ -9,8 +9,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from mlalign import distributed
+from mlalign.collate import collate_bitext, collate_task, pad_id
 from mlalign.config import Model
-from mlalign.data import collate_bitext, collate_task, pad_id
 from mlalign.errors import UserError
 from mlalign.evaluation import to_device
 from mlalign.examples import Pair, TaskExample
@@ -66,7 +66,7 @@ def packing_error(engine, pad: int) -> float:
     with torch.no_grad():
         for padding in (pad, None):
             nll = engine(task=to_device(collate_task(rows, padding), engine.device))
-            passes = [to_device(inputs, engine.device) for inputs in collate_bitext(pairs, padding, one_pass=True)]
+            passes = [to_device(inputs, engine.device) for inputs in collate_bitext(pairs, padding, [2 * len(pairs)])]
             found.append((nll, engine(bitext=passes)))
     engine.train()
     return max(((packed - padded).norm() / padded.norm()).item() for padded, packed in zip(*found))

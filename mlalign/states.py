@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from mlalign import __version__, distributed, jobs
+from mlalign.collate import collate_ids, pad_id
 from mlalign.config import Model, read_deepspeed
-from mlalign.data import collate_ids, encode_text, pad_id
+from mlalign.data import encode_text
 from mlalign.errors import UserError
 from mlalign.model import (
     decoder_parts,
@@ -85,7 +86,7 @@ class LayerStates(nn.Module):
         self._pooled.append(torch.stack([pool(states, self._mask) for pool in self._poolers]))
 
     def forward(self, inputs: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-        """Args: inputs: `data.collate_ids`; mask [rows, tokens]: what is pooled.
+        """Args: inputs: `collate.collate_ids`; mask [rows, tokens]: what is pooled.
 
         Returns: [poolings, layers, rows, hidden], fp32.
         """

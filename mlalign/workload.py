@@ -7,12 +7,13 @@ Where rows are missing it says so and assumes the worst, rows of `max_length`. U
 import glob
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mlalign.config import Alignment, Config, Source, Task
-from mlalign.data import prefers_one_pass
+from mlalign.collate import pass_sizes
+from mlalign.config import Alignment, Config, Source, Task, read_deepspeed
 from mlalign.dataset import load_dataset
 from mlalign.errors import UserError
 from mlalign.examples import Pair, TaskExample
@@ -91,7 +92,8 @@ def _survey_one(
     sample = rows or _STREAMED * size
     tokens = sum(map(len, order.take(sample)))
     order.restore({"epoch": 0, "position": 0})
-    shapes, learned = _largest(order, math.ceil(sample / size), size, section.micro_batch_size, ranks)
+    zero3 = read_deepspeed(config.deepspeed)["zero_optimization"]["stage"] == 3
+    shapes, learned = _largest(order, math.ceil(sample / size), size, section.micro_batch_size, ranks, zero3)
     one_epoch = config.optimizer.model_copy(update={"steps": None, "epochs": 1.0})
     return Workload(
         **known,
@@ -104,13 +106,17 @@ def _survey_one(
     )
 
 
-def _largest(order: GlobalOrder, count: int, size: int, micro_batch_size: int, ranks: int) -> tuple[Shapes, int]:
+def _largest(
+    order: GlobalOrder, count: int, size: int, micro_batch_size: int, ranks: int, zero3: bool
+) -> tuple[Shapes, int]:
     """Of `count` batches, the shapes of the share with the most positions, and its learned tokens."""
     largest, learned, most = (), 0, 0
     for _ in range(count):
         for shares in slices(order.take(size), micro_batch_size, ranks):
+            bitext = isinstance(shares[0][0], Pair)
+            sizes = pass_sizes(shares, 0, zero3) if bitext else [len(shares[0])]
             for share in shares:
-                shapes = _shapes(share, shares)
+                shapes = _shapes(share, sizes)
                 positions = sum(rows * width for rows, width in shapes)
                 if positions > most:
                     largest, most = shapes, positions
@@ -118,13 +124,12 @@ def _largest(order: GlobalOrder, count: int, size: int, micro_batch_size: int, r
     return largest, learned
 
 
-def _shapes(share: list[TaskExample] | list[Pair], shares: list) -> Shapes:
-    """As `data.collate_task` and `data.collate_bitext` pad them; packed they take less."""
+def _shapes(share: list[TaskExample] | list[Pair], sizes: list[int]) -> Shapes:
+    """As `collate.collate_task` and `collate.collate_bitext` pad them; packed they take less."""
     if isinstance(share[0], TaskExample):
         return ((len(share), max(map(len, share))),)
-    src, tgt = max(len(pair.src) for pair in share), max(len(pair.tgt) for pair in share)
-    one_pass = prefers_one_pass(shares, pad=0)
-    return ((2 * len(share), max(src, tgt)),) if one_pass else ((len(share), src), (len(share), tgt))
+    lengths = sorted((len(side) for pair in share for side in (pair.src, pair.tgt)), reverse=True)
+    return tuple((size, lengths[start]) for size, start in zip(sizes, accumulate([0, *sizes])))
 
 
 def _missing(sources: list[Source]) -> str | None:

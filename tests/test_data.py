@@ -2,21 +2,16 @@
 
 import copy
 import json
+import random
+from itertools import product
 
 import pytest
 import torch
 from conftest import write_jsonl
 
+from mlalign.collate import collate_bitext, collate_task, pass_sizes
 from mlalign.config import Source
-from mlalign.data import (
-    collate_bitext,
-    collate_task,
-    encode_prompt,
-    load_bitext,
-    load_task,
-    pad_id,
-    prefers_one_pass,
-)
+from mlalign.data import encode_prompt, load_bitext, load_task
 from mlalign.errors import UserError
 from mlalign.examples import Counts, Pair, TaskExample
 from mlalign.loss import IGNORED
@@ -183,22 +178,47 @@ def test_equal_sentences_have_equal_keys_up_to_case_and_spacing(tmp_path, tokeni
     assert a.keys[2] == 0 != b.keys[2]
 
 
-def test_collated_bitext_is_src_then_tgt(tmp_path, tokenizer):
-    row = {"src": "guten tag liebe leute", "tgt": "good day", "src_lang": "de", "tgt_lang": "en"}
-    pairs, _ = bitext(tmp_path, tokenizer, row, row)
-    (both,) = collate_bitext(pairs, pad_id(tokenizer), one_pass=True)
-    src, tgt = collate_bitext(pairs, pad_id(tokenizer), one_pass=False)
-    assert both["input_ids"].shape[0] == 4
-    assert torch.equal(both["input_ids"][:2, : src["input_ids"].shape[1]], src["input_ids"])
-    assert torch.equal(both["input_ids"][2:, : tgt["input_ids"].shape[1]], tgt["input_ids"])
+def pair(src: int, tgt: int) -> Pair:
+    return Pair(list(range(3, 3 + src)), list(range(3, 3 + tgt)), ("de", "en"), (1, 2, 0))
+
+
+@pytest.mark.parametrize("sizes", [[6], [3, 3], [1, 2, 3]])
+def test_passes_hold_every_side_once_and_say_which(sizes):
+    pairs = [pair(4, 9), pair(7, 2), pair(5, 6)]
+    sides = [each.src for each in pairs] + [each.tgt for each in pairs]
+    found = {}
+    for inputs, size in zip(collate_bitext(pairs, 0, sizes), sizes):
+        assert inputs["input_ids"].shape == (size, max(len(sides[row]) for row in inputs["rows"]))
+        for row, ids, mask in zip(inputs["rows"].tolist(), inputs["input_ids"], inputs["attention_mask"]):
+            found[row] = ids[mask.bool()].tolist()
+    assert [found[row] for row in range(6)] == sides
 
 
 def test_sides_of_equal_length_share_a_pass_and_unequal_ones_do_not():
-    def pair(src: int, tgt: int) -> Pair:
-        return Pair([1] * src, [1] * tgt, ("de", "en"), (1, 2, 0))
+    assert pass_sizes([[pair(10, 10)], [pair(9, 10)]], pad=0, zero3=False) == [2]
+    assert pass_sizes([[pair(56, 16)]], pad=0, zero3=False) == [1, 1]
+    assert pass_sizes([[pair(56, 16)]], pad=0, zero3=True) == [2], "a second pass gathers the parameters again"
+    assert pass_sizes([[pair(56, 16)]], pad=None, zero3=False) == [2], "packed rows have no padding to save"
 
-    assert prefers_one_pass([[pair(10, 10)], [pair(9, 10)]], pad=0)
-    assert not prefers_one_pass([[pair(56, 16)]], pad=0)
+
+def test_passes_are_as_few_and_as_little_padded_as_pays():
+    """Against all ways to cut at eighths."""
+    rng = random.Random(0)
+    for _ in range(20):
+        shares = [[pair(rng.randint(3, 60), rng.randint(3, 30)) for _ in range(8)] for _ in range(2)]
+        lengths = [sorted([len(s) for p in share for s in (p.src, p.tgt)], reverse=True) for share in shares]
+
+        def cost(sizes: list[int], lengths: list[list[int]] = lengths) -> float:
+            padded = 0
+            for each in lengths:
+                rows = iter(each)
+                padded += sum(size * max(next(rows) for _ in range(size)) for size in sizes)
+            return padded * (1 + 0.05 * (len(sizes) - 1))
+
+        ways = [list(sizes) for n in (1, 2, 3, 4) for sizes in product(range(2, 17, 2), repeat=n) if sum(sizes) == 16]
+        found = pass_sizes(shares, pad=0, zero3=False)
+        assert sum(found) == 16 and len(found) > 1
+        assert cost(found) == pytest.approx(min(map(cost, ways)))
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])

@@ -7,8 +7,9 @@ from test_model import _LLAMA_LIKE, ARCHITECTURES, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlalign import loss, model
+from mlalign.collate import collate_task
 from mlalign.config import Lora
-from mlalign.data import TaskExample, collate_task
+from mlalign.data import TaskExample
 from mlalign.loss import IGNORED, head_nll, token_nll
 
 ROWS = [

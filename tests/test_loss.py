@@ -110,16 +110,16 @@ def gradients_in_chunks_and_in_one_graph(values: dict, zero: dict) -> tuple[floa
     from deepspeed.utils import safe_get_full_grad
 
     from mlalign import distributed, model, sharding
+    from mlalign.collate import collate_bitext, pair_keys
     from mlalign.commands import train
-    from mlalign.data import collate_bitext, pair_keys
     from mlalign.dataset import load_dataset
     from mlalign.sampler import slices
 
     config = Config.model_validate(values)
     pairs = load_dataset(config, model.load_tokenizer(config.model)).orders["alignment"].take(16)
     chunks = [
-        objectives.BitextChunk(collate_bitext(each[distributed.rank()], 0, True), pair_keys(each[distributed.rank()]))
-        for each in slices(pairs, 2, distributed.world_size())
+        objectives.BitextChunk(collate_bitext(own, 0, [len(own), len(own)]), pair_keys(own))
+        for own in (each[distributed.rank()] for each in slices(pairs, 2, distributed.world_size()))
     ]
     assert len(chunks) > 1
 

@@ -69,6 +69,12 @@ def inputs() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def passes(*each: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """As `collate.collate_bitext` makes them, rows in order."""
+    numbers = torch.arange(sum(len(one["input_ids"]) for one in each)).split([len(one["input_ids"]) for one in each])
+    return [one | {"rows": rows} for one, rows in zip(each, numbers)]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -98,7 +104,7 @@ def test_an_alignment_pass_reaches_the_lower_layers_and_no_other(architecture, a
     aligned = AlignedModel(lm, layer=2, pooling="mean")
     names = [name for name, _ in aligned.named_parameters()]
     assert len(names) == len(set(names)) == len(list(lm.named_parameters())), "the view must not be registered"
-    aligned(bitext=[inputs(), inputs()]).sum().backward()
+    aligned(bitext=passes(inputs(), inputs())).sum().backward()
     above = {id(p) for p in aligned.above()}
     assert above
     for name, parameter in aligned.named_parameters():
@@ -109,7 +115,7 @@ def test_an_alignment_pass_reaches_the_lower_layers_and_no_other(architecture, a
 def test_whole_model_is_untouched_by_the_view():
     lm = build("llama")
     before = lm(**inputs()).logits
-    AlignedModel(lm, layer=1, pooling="mean")(bitext=[inputs()] * 2)
+    AlignedModel(lm, layer=1, pooling="mean")(bitext=passes(inputs(), inputs()))
     assert torch.equal(lm(**inputs()).logits, before)
     assert len(lm.model.layers) == 4
 
@@ -121,16 +127,16 @@ def test_dropout_of_the_view_follows_train_and_eval():
             torch.nn.init.normal_(parameter, std=0.1)
     aligned = AlignedModel(lm, layer=2, pooling="mean")
     aligned.train()
-    assert not torch.equal(aligned(bitext=[inputs()] * 2), aligned(bitext=[inputs()] * 2))
+    assert not torch.equal(aligned(bitext=passes(inputs(), inputs())), aligned(bitext=passes(inputs(), inputs())))
     aligned.eval()
-    assert torch.equal(aligned(bitext=[inputs()] * 2), aligned(bitext=[inputs()] * 2))
+    assert torch.equal(aligned(bitext=passes(inputs(), inputs())), aligned(bitext=passes(inputs(), inputs())))
 
 
 def test_one_pass_and_two_passes_give_the_same_embeddings():
     aligned = AlignedModel(build("llama"), layer=2, pooling="last").eval()
     both = {name: torch.cat([value, value.flip(0)]) for name, value in inputs().items()}
     flipped = {name: value.flip(0) for name, value in inputs().items()}
-    torch.testing.assert_close(aligned(bitext=[both]), aligned(bitext=[inputs(), flipped]))
+    torch.testing.assert_close(aligned(bitext=passes(both)), aligned(bitext=passes(inputs(), flipped)))
 
 
 def test_pooling_ignores_padding_on_either_side():
@@ -167,8 +173,8 @@ def watch_gathers(values: dict) -> dict[str, int]:
     """Under ZeRO-3: how often parameters were found gathered in any block's hook, forward and backward."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
+    from mlalign.collate import collate_bitext
     from mlalign.commands import train
-    from mlalign.data import collate_bitext
     from mlalign.dataset import load_dataset
 
     config = Config.model_validate(values)
@@ -191,7 +197,7 @@ def watch_gathers(values: dict) -> dict[str, int]:
             module.register_full_backward_hook(look)
     engine.train()
     for _ in range(3):  # the third pass is one that the prefetcher has learned
-        embeddings = engine(bitext=collate_bitext(pairs, 0, one_pass=False))
+        embeddings = engine(bitext=collate_bitext(pairs, 0, [len(pairs)] * 2))
         engine.backward(embeddings.square().sum())
         engine.step()
     engine.destroy()

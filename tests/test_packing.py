@@ -5,8 +5,8 @@ import torch
 from test_model import ARCHITECTURES, build
 
 from mlalign import packing
+from mlalign.collate import collate_bitext, collate_ids, collate_task
 from mlalign.config import Model
-from mlalign.data import collate_bitext, collate_ids, collate_task
 from mlalign.errors import UserError
 from mlalign.examples import Pair, TaskExample
 from mlalign.loss import IGNORED
@@ -58,7 +58,7 @@ def test_gradients_of_packed_rows_are_those_of_padded_ones():
     model, found = Bare("llama").module, []
     for pad in (None, 0):
         model.zero_grad()
-        embeddings = model(bitext=collate_bitext(pairs, pad, one_pass=True))
+        embeddings = model(bitext=collate_bitext(pairs, pad, [6]))
         (model(task=collate_task(batch, pad)) + embeddings.square().sum()).backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from mlalign import model, sharding
 from mlalign.activations import alignment_pass, on_paper, task_pass
+from mlalign.collate import collate_task
 from mlalign.commands.plan import Settings, plan, sbatch_lines
 from mlalign.config import Alignment, Config
-from mlalign.data import collate_task
 from mlalign.dataset import load_dataset
 from mlalign.errors import UserError
 from mlalign.sampler import slices
@@ -128,7 +128,7 @@ def test_a_pass_allocates_what_a_real_one_does(settings, lora, checkpointing, at
     _, peak = allocations(lambda: aligned(task=task).backward())
     assert found.saved == pytest.approx(saved, rel=0.05)
     assert found.peak == pytest.approx(peak, rel=0.05)
-    side = {name: task[name] for name in ("input_ids", "attention_mask")}
+    side = {name: task[name] for name in ("input_ids", "attention_mask")} | {"rows": torch.arange(6)}
     found = alignment_pass(paper, ((6, 100), (6, 100)), config.alignment, ranks=1, chunks=2)
     _, peak = allocations(lambda: aligned(bitext=[side, side]).square().sum().backward())
     assert found.peak - 2 * 2 * 6 * 2 * 32 * 4 == pytest.approx(peak, rel=0.05)

@@ -10,11 +10,11 @@ PACKAGE = Path(__file__).parent.parent / "mlalign"
 #: Every module of a row may import from the rows above it and not from its own.
 LAYERS = [
     {"errors", "loss", "pooling", "retrieval", "plots", "languages", "demo_data", "demo_base"}
-    | {"tasks.prompts", "sifting", "corpora", "jobs", "kernels", "prefetch"},
+    | {"tasks.prompts", "sifting", "corpora", "jobs", "kernels", "prefetch", "durable"},
     {"launchers"},
     {"config", "distributed", "tasks", "tasks.slot_filling", "tasks.translation", "scoring"},
     {"tracker", "rundir", "schedule", "rows", "head", "tasks.items", "tasks.json_extraction", "memory", "examples"},
-    {"data", "sampler", "model", "checkpoint", "merging", "predictions", "corpora.item", "token_cache"},
+    {"data", "collate", "sampler", "model", "checkpoint", "merging", "predictions", "corpora.item", "token_cache"},
     {"objectives", "dataset", "sharding", "parallel", "checks", "generation", "report", "comet", "sieve"}
     | {f"corpora.{name}" for name in ("massive", "translation", "uner", "bitext", "against")},
     {"evaluation", "states", "probe_report", "workload", "loader"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"commands.merge", "commands.plan"},  # which tunes its weight by evaluating, and measures by training
     {"__main__"},
 ]
-PURE = {"loss", "pooling", "retrieval", "languages", "tasks.prompts", "sifting", "jobs", "kernels", "memory"}
+PURE = {"loss", "pooling", "retrieval", "languages", "tasks.prompts", "sifting", "jobs", "kernels", "memory", "durable"}
 
 
 def modules() -> dict[str, Path]:

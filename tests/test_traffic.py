@@ -5,7 +5,6 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import TEXT, write_jsonl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 STEPS = 6
@@ -53,12 +52,6 @@ def zero3(settings, tmp_path):
     path = tmp_path / "zero3.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
     settings["deepspeed"] = str(path)
-    # sides of like length, so that every batch goes in one pass: a kind of pass is recorded when it first comes
-    rows = [
-        {"src": f"{TEXT[i % 9]} {i}", "tgt": f"{i} {TEXT[i % 9]}", "src_lang": "de", "tgt_lang": "en"}
-        for i in range(48)
-    ]
-    settings["alignment"]["train"] = str(write_jsonl(tmp_path / "bitext.jsonl", rows))
     return settings
 
 

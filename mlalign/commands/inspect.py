@@ -8,8 +8,8 @@ from operator import itemgetter
 
 from rich.text import Text
 
+from mlalign.collate import pad_id
 from mlalign.config import Config
-from mlalign.data import pad_id
 from mlalign.dataset import load_dataset
 from mlalign.examples import Pair, TaskExample
 from mlalign.loss import IGNORED
