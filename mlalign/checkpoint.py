@@ -98,7 +98,7 @@ class Saver:
                 raise OSError(failure)
         with distributed.on_main(), _said_in_one_sentence(self._partial):
             if distributed.is_main():
-                self._give_name(pending, {name: digest for each in files for name, digest in each.items()})
+                self._give_name(pending, {name: sha256 for each in files for name, sha256 in each.items()})
 
     def _give_name(self, pending: _Pending, files: dict[str, str]) -> None:
         folder, name = self._folder, pending.name
@@ -106,7 +106,6 @@ class Saver:
         state = {"step": pending.step, **layout, **pending.state, "files": files}
         write_hashed(self._partial / name / _STATE, lambda file: file.write(_sealed(state)))
         sync_folder(self._partial / name)
-        before = _named_latest(folder)
         old = folder / f"{name}.old"  # an evaluation after a resume saves the same step again
         if (folder / name).exists():
             (folder / name).rename(old)
@@ -116,10 +115,10 @@ class Saver:
         shutil.rmtree(self._partial)  # DeepSpeed leaves a script beside the checkpoint
         write_whole(folder / "latest", name)
         jobs.say_progress(f"{self._run_dir}: step {pending.step}")
-        keep = {f"step-{step:06d}" for step in pending.keep} | {name, before}
-        for path in folder.glob("step-*"):
-            if path.name not in keep:
-                shutil.rmtree(path, ignore_errors=True)
+        names = _names(folder)
+        before = next((each for each in names if _step(each) < pending.step), name)
+        for gone in set(names) - {name, before} - {f"step-{step:06d}" for step in pending.keep}:
+            shutil.rmtree(folder / gone, ignore_errors=True)
 
 
 class _Writer(TorchCheckpointEngine):
@@ -193,6 +192,16 @@ def _unsealed(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
+def _names(folder: Path) -> list[str]:
+    """Of checkpoints, newest first; what else a user keeps here is left alone."""
+    names = [path.name for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(names, key=_step, reverse=True)
+
+
 def _named_latest(folder: Path) -> str | None:
     try:
         return (folder / "latest").read_text().strip()
@@ -228,8 +237,7 @@ def _newest_first(folder: Path) -> list[str]:
         if not old.with_suffix("").exists():  # killed between the two renames of `save`
             old.rename(old.with_suffix(""))
     latest = _named_latest(folder)
-    names = sorted((path.name for path in folder.glob("step-*") if path.suffix != ".old"), reverse=True)
-    return sorted(names, key=lambda name: name != latest)
+    return sorted(_names(folder), key=lambda name: name != latest)
 
 
 def _faults(checkpoint: Path) -> list[str]:

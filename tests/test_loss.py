@@ -172,7 +172,7 @@ def test_compiled_blocks_drop_out_what_plain_ones_do(ranks, settings):
     """The chunks' gradient, with and without compiling: the plain graph it is compared with is not compiled."""
     settings["lora"]["dropout"] = 0.1
     settings["model"]["compile"] = True
-    error, same_random_state = ranks(2).run(gradients_in_chunks_and_in_one_graph, settings, STAGE_2)[0]
+    error, same_random_state = ranks(1).run(gradients_in_chunks_and_in_one_graph, settings, STAGE_2)[0]
     assert error < 1e-5
     assert same_random_state
 
