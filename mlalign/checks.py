@@ -258,11 +258,10 @@ def _check_weights(path: str) -> None:
         found = try_to_load_from_cache(path, name)
         return found if isinstance(found, str) else None
 
-    names = ["model.safetensors", "pytorch_model.bin"]
-    if any(map(find, names)):
+    if find("model.safetensors"):
         return
     fetch = "copy the model anew" if local else f"run `hf download {path}` where there is internet"
-    index = next(filter(None, (find(f"{name}.index.json") for name in names)), None)
+    index = find("model.safetensors.index.json")
     if index is None:
         raise UserError(f"model.path {path} has no weights (model.safetensors, or an index of shards): {fetch}")
     shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))

@@ -9,7 +9,9 @@ Every mistake is a `UserError` that names file and line; what is cut or dropped 
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from itertools import pairwise, repeat
 from typing import Any, NamedTuple, TypeVar
 
@@ -245,6 +247,14 @@ def _render_messages(
             "`completion`, or use a chat model"
         )
 
+    for number, turn in enumerate(messages, 1):
+        for name in ("role", "content"):
+            if forged := _special_tokens(tokenizer).search(turn[name]):
+                raise UserError(
+                    f"{where}: the {name} of message {number} holds {forged[0]!r}, a special token of the model, with "
+                    "which it could pass for several turns: take it out"
+                )
+
     def render(turns: list[dict], **kwargs) -> str:
         try:
             return tokenizer.apply_chat_template(turns, tokenize=False, **kwargs) if turns else ""
@@ -266,6 +276,14 @@ def _render_messages(
     if not spans:
         raise UserError(f"{where}: `messages` has no assistant turn to learn")
     return text, spans, len(answers) - len(spans)
+
+
+@lru_cache(maxsize=2)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
+    """Finds what the tokenizer would take for a special token."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    known = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, known)) or r"(?!)")
 
 
 def _without_system(messages: list[dict]) -> list[dict]:

@@ -108,6 +108,7 @@ def _from_pretrained(settings: Model, dtype: torch.dtype, attention: str | None)
         dtype=dtype,
         attn_implementation=attention,
         trust_remote_code=settings.trust_remote_code,
+        use_safetensors=True,  # a pickle may run anything
     )
 
 
@@ -176,6 +177,8 @@ def load_for_inference(
 
 
 def _with_adapter(lm: PreTrainedModel, adapter: str, model: str) -> PeftModel:
+    if Path(adapter).is_dir() and not (Path(adapter) / "adapter_model.safetensors").is_file():
+        raise UserError(f"adapter {adapter} has no adapter_model.safetensors: pickled weights are not loaded")
     try:
         trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
         saved = load_peft_weights(adapter, device="cpu")

@@ -1,5 +1,8 @@
 """The truncated forward on many architectures, and what it must leave alone."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -238,3 +241,29 @@ def test_compiling_without_a_compiler_is_one_sentence(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"model\.compile needs no-such-compiler, which is not there"):
         model_module.compile_blocks(build("llama"))
+
+
+class Evil:
+    """Pickled, it leaves a file behind where it is loaded."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+def test_pickled_weights_are_not_loaded(tmp_path, tiny_model):
+    folder, trace = tmp_path / "model", tmp_path / "trace"
+    shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Evil(trace)}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="no model could be loaded"):
+        model_module.load_lm(Model(path=str(folder)))
+    adapter = tmp_path / "adapter"
+    add_lora(build("llama"), Lora()).save_pretrained(adapter)
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save({"weight": Evil(trace)}, adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match="pickled weights are not loaded"):
+        model_module.load_for_inference(Model(path=str(tiny_model)), str(adapter))
+    assert not trace.exists()
