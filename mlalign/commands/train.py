@@ -19,6 +19,7 @@ from mlalign.config import Config, offloads_optimizer, read_deepspeed
 from mlalign.dataset import Dataset, load_dataset
 from mlalign.errors import UserError
 from mlalign.evaluation import evaluate, to_device
+from mlalign.guards import refuse_diverged, refuse_non_finite
 from mlalign.loader import Batch, Loader
 from mlalign.objectives import (
     BitextChunk,
@@ -135,7 +136,8 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path) -> None
             tracker.advance(progress.step)
             if log_now:
                 values = meter.read() | {"train/lr": lr, "train/grad_norm": grad_norm}
-                _refuse_non_finite(values, progress.step, run_dir)
+                refuse_non_finite(values, progress.step, run_dir)
+                refuse_diverged(engine.module.lm, progress.step, run_dir)
                 tracker.log(progress.step, values)
     tracker.close()
     if any(section and section.streaming for section in (config.task, config.alignment)):
@@ -207,16 +209,6 @@ def _optimizer_step(engine, lr: float, with_task: bool, measure: bool) -> float 
     engine.step()
     sharding.forget_modules(engine)
     return sharding.grad_norm(engine) if measure else None
-
-
-def _refuse_non_finite(values: dict[str, float], step: int, run_dir: Path) -> None:
-    """Stop where a loss or the gradient is no number any more. The values are reduced, so all ranks stop alike."""
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise UserError(
-            f"{bad[0]} is {values[bad[0]]} after step {step}: try a lower optimizer.lr or a longer warmup; "
-            f"{run_dir / 'checkpoints'} holds what was saved before"
-        )
 
 
 def _saves_in_background(config: Config, engine_config: dict[str, Any]) -> bool:
