@@ -1,9 +1,9 @@
 """An alignment batch of any size at the memory of one micro-batch: `python benchmarks/gradcache.py`.
 
 Real alignment steps of `mlalign train` on one rank: every pair against every other, whole batches against micro-batches
-of 64 pairs. Where a batch has several, all but the last are encoded without gradient first and again with it
-(GradCache, Gao et al. 2021), which costs a second forward pass: with adapters, whose backward pass costs about as much
-as a forward pass, 1.25 times the whole for two of them, and less than 1.5 times for any number.
+of 64 pairs. Where a batch has several, they are encoded without gradient first and again with it (GradCache, Gao et al.
+2021), all but the last of up to eight. That costs a second forward pass: with adapters, whose backward pass costs about
+as much as a forward pass, 1.25 times the whole for two of them, and at most 1.5 times for any number.
 
 Each run is a process of its own, and times are taken in turn. Memory is that of other processes, one after the other,
 in which glibc gives freed tensors back at once (MALLOC_MMAP_THRESHOLD_), or it would be that of holes in the heap.

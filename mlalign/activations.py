@@ -26,7 +26,7 @@ from mlalign.config import Alignment, Config
 from mlalign.errors import UserError
 from mlalign.head import fuse_head
 from mlalign.memory import Pass
-from mlalign.objectives import contrast
+from mlalign.objectives import FEW_CHUNKS, contrast
 from mlalign.workload import Shapes
 
 
@@ -189,8 +189,8 @@ def alignment_pass(
     """An alignment micro-batch of one or more passes, and InfoNCE over what `settings` contrasts.
 
     Args: chunks: micro-batches of one alignment batch on one rank. Where there are several and negatives are global,
-    the loss is no part of the pass, but all embeddings and their gradients are held during it, and for the last the
-    loss is taken while it is held (`_align_in_chunks`).
+    the loss is no part of the pass, but all embeddings and their gradients are held during it; and where there are few,
+    the last pass is held while the loss is taken (`_align_in_chunks`).
     """
     pairs = sum(rows for rows, _ in shapes) // 2
     chunked = settings.negatives == "global" and chunks > 1
@@ -209,9 +209,8 @@ def alignment_pass(
         return _contrast(torch.zeros(2, pairs * chunks, paper.hidden, requires_grad=True), copies, settings)
 
     loss = _run(paper, lose, zero3)
-    return Pass(
-        one.saved + held, max(one.peak + held, one.saved + loss.peak), one.logits, one.peak_with_gradients + held
-    )
+    beside = one.saved if chunks <= FEW_CHUNKS else 0
+    return Pass(one.saved + held, max(one.peak + held, beside + loss.peak), one.logits, one.peak_with_gradients + held)
 
 
 def _inputs(rows: int, tokens: int) -> dict[str, torch.Tensor]:

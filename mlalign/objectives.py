@@ -25,6 +25,8 @@ from mlalign.loss import info_nce, same_text
 
 Passes = list[dict[str, torch.Tensor]]
 
+FEW_CHUNKS = 8  #: of an alignment batch, up to which the last is encoded once: see `_align_in_chunks`
+
 _SIMILARITIES = 2**20  #: that exist at once in `contrast`, in each of a few matrices of 4 MiB,
 _ROWS = 64  #: but for no fewer rows than these: products of a few rows with very many columns wait for memory
 
@@ -91,26 +93,27 @@ def _align_in_chunks(engine, chunks: list[BitextChunk], settings: Alignment, wei
 
     Encode without graph, take the loss's gradient with respect to the embeddings, then encode each chunk again and
     carry its part of that gradient back. Both encodings of a chunk start from the same random state: with different
-    dropout masks the gradient is plainly wrong (relative error 0.8 at LoRA dropout 0.1). The last chunk keeps its
-    graph, and is encoded once.
+    dropout masks the gradient is plainly wrong (relative error 0.8 at LoRA dropout 0.1). Of few chunks the last keeps
+    its graph while the loss is taken, and is encoded once: of many, that would save little, and the loss takes memory.
     """
-    *earlier, last = chunks
-    states, embeddings = [], []
+    once = chunks[-1:] if len(chunks) <= FEW_CHUNKS else []
+    twice, states, embeddings = chunks[: len(chunks) - len(once)], [], []
     with torch.no_grad():
-        for chunk in earlier:
+        for chunk in twice:
             states.append(random_state())
             embeddings.append(engine(bitext=chunk.passes))
-    embeddings.append(engine(bitext=last.passes))
+    embeddings += [engine(bitext=chunk.passes) for chunk in once]
     whole = torch.cat([each.detach() for each in embeddings], dim=1).requires_grad_()
     loss = alignment_loss(whole, torch.cat([chunk.keys for chunk in chunks]), settings)
     (gradient,) = torch.autograd.grad(loss * weight, whole)
-    *parts, part = gradient.split([len(chunk.keys) for chunk in chunks], dim=1)
-    engine.backward((embeddings.pop() * part).sum(), scale_wrt_gas=False)
+    parts = list(gradient.split([len(chunk.keys) for chunk in chunks], dim=1))
+    if once:
+        engine.backward((embeddings.pop() * parts.pop()).sum(), scale_wrt_gas=False)
     drawn = random_state()
-    for chunk, state, part in zip(earlier, states, parts):
+    for chunk, state, part in zip(twice, states, parts):
         set_random_state(state)
         engine.backward((engine(bitext=chunk.passes) * part).sum(), scale_wrt_gas=False)
-    set_random_state(drawn)  # or the next pass would drop out what the last chunk did
+    set_random_state(drawn)  # or the next pass would drop out what one of these did
     return loss.detach()
 
 

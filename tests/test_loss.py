@@ -116,7 +116,7 @@ def gradients_in_chunks_and_in_one_graph(values: dict, zero: dict) -> tuple[floa
     from mlalign.sampler import slices
 
     config = Config.model_validate(values)
-    pairs = load_dataset(config, model.load_tokenizer(config.model)).orders["alignment"].take(16)
+    pairs = load_dataset(config, model.load_tokenizer(config.model)).orders["alignment"].take(20)
     chunks = [
         objectives.BitextChunk(collate_bitext(own, 0, [len(own), len(own)]), pair_keys(own))
         for own in (each[distributed.rank()] for each in slices(pairs, 2, distributed.world_size()))
@@ -169,7 +169,7 @@ def test_chunked_alignment_equals_one_graph_with_lora_dropout(ranks, settings, s
 
 
 def test_compiled_blocks_drop_out_what_plain_ones_do(ranks, settings):
-    """The chunks' gradient, with and without compiling: the plain graph it is compared with is not compiled."""
+    """Of ten chunks, so that all are encoded twice; the plain graph they are compared with is not compiled."""
     settings["lora"]["dropout"] = 0.1
     settings["model"]["compile"] = True
     error, same_random_state = ranks(1).run(gradients_in_chunks_and_in_one_graph, settings, STAGE_2)[0]
