@@ -276,7 +276,7 @@ class AlignedModel(nn.Module):
         self._pool = POOLERS[pooling]
         self._view = [truncated_decoder(lm, layer)]  # in a list, so that it is not registered as a submodule
         self._decoder = [decoder_parts(lm)[0]]
-        self._flash = "flash" in (self._decoder[0].config._attn_implementation or "")
+        self.flash = "flash" in (self._decoder[0].config._attn_implementation or "")  #: whether attention is
         self.fused = False  #: whether the loss comes out of the LM head: see `fuse`
 
     def forward(
@@ -315,7 +315,7 @@ class AlignedModel(nn.Module):
         if "slots" not in inputs:
             return {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
         arguments = {name: inputs[name] for name in ("input_ids", "position_ids")} | {"use_cache": False}
-        if self._flash:  # or it would look for the rows' edges in every block, and wait for the GPU
+        if self.flash:  # or it would look for the rows' edges in every block, and wait for the GPU
             mask = inputs["attention_mask"]
             edges = nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
             arguments |= {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges}

@@ -14,26 +14,19 @@ from mlalign.config import Model
 from mlalign.errors import UserError
 from mlalign.evaluation import to_device
 from mlalign.examples import Pair, TaskExample
-from mlalign.model import attention_name, precision_dtype
+from mlalign.model import precision_dtype
 from mlalign.tracker import say
 
 #: Largest relative difference between packed and padded rows that is rounding. Rows that see each other differ by 0.1.
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
-def wants_packing(settings: Model) -> bool:
-    """Whether rows are to be packed, if the model can: auto = with flash attention."""
-    if settings.packing != "auto":
-        return settings.packing
-    return (attention_name(settings.attention, precision_dtype(settings.precision)) or "").startswith("flash")
-
-
 def choose_pad(engine, settings: Model, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id that pads batches, or None: rows are packed. Called by all ranks.
+    """The id that pads batches, or None: rows are packed, if asked for or with flash attention. Called by all ranks.
 
     Raises UserError where packing is asked for and the model computes something else then.
     """
-    if not wants_packing(settings):
+    if not (engine.module.flash if settings.packing == "auto" else settings.packing):
         return pad_id(tokenizer)
     dtype = precision_dtype(settings.precision)
     try:

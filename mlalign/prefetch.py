@@ -14,9 +14,9 @@ import torch
 def keep_a_trace_per_pass(engine) -> None:
     """Give each kind of pass of an `AlignedModel` a coordinator of its own. Call it before the first pass.
 
-    The kinds are the task, and bitext in one or two passes, each with and without gradient. Coordinators share what is
-    gathered or on its way, and nothing but that, so that they can take turns. Where a DeepSpeed is built otherwise than
-    0.19, nothing is changed: the step is slower then, and as exact.
+    The kinds are the task, and bitext by its number of passes, each with and without gradient. Coordinators share what
+    is gathered or on its way, and nothing but that, so that they can take turns. Where a DeepSpeed is built otherwise
+    than 0.19, nothing is changed: the step is slower then, and as exact.
     """
     offload = getattr(engine.optimizer, "parameter_offload", None)
     unused = getattr(offload, "param_coordinator", None)

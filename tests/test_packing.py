@@ -64,12 +64,12 @@ def test_gradients_of_packed_rows_are_those_of_padded_ones():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
-def test_a_model_that_cannot_tell_packed_rows_apart_is_refused_or_padded(tokenizer, monkeypatch, capsys):
+def test_a_model_that_cannot_tell_packed_rows_apart_is_refused_or_padded(tokenizer, capsys):
     engine = Bare("falcon")
     assert packing.packing_error(engine, pad=0) > 1e-2
     with pytest.raises(UserError, match=r"model\.packing: FalconForCausalLM cannot tell packed rows apart"):
         packing.choose_pad(engine, Model(path="", packing=True), tokenizer)
-    monkeypatch.setattr(packing, "wants_packing", lambda settings: True)
+    engine.module.flash = True
     assert packing.choose_pad(engine, Model(path=""), tokenizer) == tokenizer.pad_token_id
     assert "rows are padded: FalconForCausalLM" in capsys.readouterr().out
 
@@ -79,8 +79,10 @@ def test_a_model_without_positions_is_refused_too(tokenizer):
         packing.choose_pad(Bare("bloom"), Model(path="", packing=True), tokenizer)
 
 
-def test_rows_are_packed_with_flash_attention_or_where_asked(monkeypatch):
-    assert not packing.wants_packing(Model(path="", attention="sdpa"))
-    assert packing.wants_packing(Model(path="", attention="sdpa", packing=True))
-    assert packing.wants_packing(Model(path="", attention="flash_attention_2"))
-    assert not packing.wants_packing(Model(path="", attention="flash_attention_2", packing=False))
+def test_rows_are_packed_with_flash_attention_or_where_asked(tokenizer):
+    engine, pad = Bare("llama"), tokenizer.pad_token_id
+    assert packing.choose_pad(engine, Model(path=""), tokenizer) == pad
+    assert packing.choose_pad(engine, Model(path="", packing=True), tokenizer) is None
+    engine.module.flash = True  # sdpa takes no notice of the edges that flash attention is given
+    assert packing.choose_pad(engine, Model(path=""), tokenizer) is None
+    assert packing.choose_pad(engine, Model(path="", packing=False), tokenizer) == pad
