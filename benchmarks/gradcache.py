@@ -11,22 +11,19 @@ in which glibc gives freed tensors back at once (MALLOC_MMAP_THRESHOLD_), or it 
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import statistics
 import tempfile
-import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"  # a thread that waits for its turn at a core would spin
 
 from byte_llama import save_byte_llama
-from resident import forget_peak, resident
 from rich.console import Console
 from rich.table import Table
+from stepper import Stepper
 
 CHUNK = 64
 SIZES = (32, 64, 128, 256, 1024, 4096, 8192)
@@ -52,25 +49,6 @@ def write_pairs(path: Path) -> str:
     return str(path)
 
 
-def take_steps(values: dict, asked: Connection) -> None:
-    """In a process of its own: for each request a step, answered by its seconds and its memory.
-
-    Memory is above that of a process that has taken a step of 8 pairs with a model of the same shape.
-    """
-    from mlalign.commands.train import real_steps
-    from mlalign.config import Config
-
-    running = real_steps(Config.model_validate(values))
-    small = values | {"alignment": values["alignment"] | {"batch_size": 8, "micro_batch_size": 8}}
-    next(real_steps(Config.model_validate(small)))
-    before = resident("VmRSS")
-    while asked.recv():
-        forget_peak()
-        start = time.perf_counter()
-        next(running)
-        asked.send((time.perf_counter() - start, resident("VmHWM") - before))
-
-
 def main(rounds: int) -> None:
     in_chunks = [(size, CHUNK) for size in SIZES if size >= CHUNK]
     whole = [(size, size) for size in SIZES if size <= WHOLE]
@@ -86,31 +64,28 @@ def main(rounds: int) -> None:
         }
         pairs = write_pairs(folder / "pairs.jsonl")
 
-        def begin(size: int, chunk: int) -> Connection:
-            section = {"train": pairs, "batch_size": size, "micro_batch_size": chunk}
-            ours, theirs = multiprocessing.get_context("spawn").Pipe()
-            arguments = (values | {"alignment": section}, theirs)
-            multiprocessing.get_context("spawn").Process(target=take_steps, args=arguments, daemon=True).start()
-            return ours
-
-        def step(pipe: Connection) -> tuple[float, int]:
-            pipe.send(True)
-            return pipe.recv()
+        def begin(size: int, chunk: int) -> Stepper:
+            """Its memory is above that of a process that has taken a step of 8 pairs."""
+            whole, small = (
+                values | {"alignment": {"train": pairs, "batch_size": count, "micro_batch_size": part}}
+                for count, part in ((size, chunk), (8, 8))
+            )
+            return Stepper(whole, first=small)
 
         timed = {run: begin(*run) for run in runs}
         for number in range(1 + rounds):
-            for run, pipe in timed.items():
-                second, _ = step(pipe)
+            for run, stepper in timed.items():
+                second, _ = stepper.step()
                 if number:  # the first allocates what stays
                     runs[run].append(second)
-        for pipe in timed.values():
-            pipe.send(False)
+        for stepper in timed.values():
+            stepper.end()
         os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
         peaks = {}
         for run in runs:
-            pipe = begin(*run)
-            _, peaks[run] = step(pipe)
-            pipe.send(False)
+            stepper = begin(*run)
+            _, peaks[run] = stepper.step()
+            stepper.end()
     report(runs, peaks)
 
 

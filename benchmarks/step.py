@@ -15,23 +15,19 @@ frozen weights. Memory is the GPU's peak; on CPUs the process's, above what it h
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import statistics
 import tempfile
-import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
-import torch
 from byte_llama import save_byte_llama
-from resident import forget_peak, resident
 from rich.console import Console
 from rich.table import Table
+from stepper import Stepper
 
 from mlalign.config import Config
 from mlalign.dataset import load_dataset
@@ -102,44 +98,17 @@ def multiplications(shape: dict[str, Any], tokens: Tokens) -> dict[str, float]:
     return {"task": task, "alignment": alignment, "joint": task + alignment}
 
 
-def take_steps(values: dict, asked: Connection) -> None:
-    """In a process of its own: for each request a step, answered by its seconds and the peak of memory in bytes."""
-    from mlalign.commands.train import real_steps
-
-    before = resident("VmRSS")
-    running = real_steps(Config.model_validate(values))
-    while asked.recv():
-        forget_peak()
-        start = time.perf_counter()
-        next(running)
-        if uses_cuda():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        asked.send((seconds, torch.cuda.max_memory_allocated() if uses_cuda() else resident("VmHWM") - before))
-
-
 def measure(variants: dict[str, dict], rounds: int) -> dict[str, list[tuple[float, int]]]:
     """Seconds and bytes of `rounds` steps of each, after one that loads and allocates."""
-    context = multiprocessing.get_context("spawn")
-
-    def begin(values: dict) -> Connection:
-        ours, theirs = context.Pipe()
-        context.Process(target=take_steps, args=(values, theirs), daemon=True).start()
-        return ours
-
-    def step(pipe: Connection) -> tuple[float, int]:
-        pipe.send(True)
-        return pipe.recv()
-
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in variants}
     groups = [[name] for name in variants] if uses_cuda() else [list(variants)]
     for group in groups:
-        pipes = {name: begin(variants[name]) for name in group}
+        steppers = {name: Stepper(variants[name]) for name in group}
         for _ in range(1 + rounds):
-            for name, pipe in pipes.items():
-                found[name].append(step(pipe))
-        for pipe in pipes.values():
-            pipe.send(False)
+            for name, stepper in steppers.items():
+                found[name].append(stepper.step())
+        for stepper in steppers.values():
+            stepper.end()
     return {name: steps[1:] for name, steps in found.items()}
 
 

@@ -220,7 +220,7 @@ def newest_whole(run_dir: Path) -> str | None:
         names = _newest_first(folder) if distributed.is_main() else []
     names = distributed.broadcast_object(names)
     for name in names:
-        faults = [fault for each in distributed.gather_objects(_faults(folder / name)) for fault in each]
+        faults = [found for each in distributed.gather_objects(_faults(folder / name)) for found in each]
         if not faults:
             if distributed.is_main():
                 write_whole(folder / "latest", name)

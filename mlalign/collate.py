@@ -1,6 +1,5 @@
 """From examples to the tensors of a pass: padded to one width, or packed behind each other."""
 
-from collections.abc import Iterable
 from itertools import accumulate, combinations, pairwise
 
 import torch
@@ -66,22 +65,23 @@ def pair_keys(batch: list[Pair]) -> torch.Tensor:
     return torch.tensor([pair.keys for pair in batch], dtype=torch.int64)
 
 
-def pass_sizes(shares: Iterable[list[Pair]], pad: int | None, zero3: bool) -> list[int]:
+def pass_sizes(shares: list[list[Pair]], pad: int | None, zero3: bool) -> list[int]:
     """Rows of each pass that encodes a micro-batch, longest rows first: one pass, unless more of them pad less.
 
     A pass more is worth it where it saves a twentieth of the positions, because it starts as many kernels again; under
     ZeRO-3 it never is, because it gathers the parameters again. `shares` are the micro-batches of all ranks, all of a
     size, so that every rank decides alike.
     """
+    count = 2 * len(shares[0])
+    if pad is None or zero3:
+        return [count]
     lengths = [sorted((len(side) for p in share for side in (p.src, p.tgt)), reverse=True) for share in shares]
     widths = [sum(each) for each in zip(*lengths)]  # of a pass that begins with this row, over all ranks
-    count = len(widths)
-    steps = sorted({count * eighth // 8 for eighth in range(1, 8)} - {0})
-    best, least = [count], count * widths[0]
-    for number in range(2, 1 if pad is None or zero3 else 5):
-        for cuts in combinations(steps, number - 1):
-            edges = [0, *cuts, count]
-            positions = sum((end - start) * widths[start] for start, end in pairwise(edges))
-            if positions * (1 + (number - 1) / 20) < least:
-                best, least = [end - start for start, end in pairwise(edges)], positions * (1 + (number - 1) / 20)
-    return best
+
+    def cost(edges: list[int]) -> float:
+        positions = sum((end - start) * widths[start] for start, end in pairwise(edges))
+        return positions * (1 + (len(edges) - 2) / 20)
+
+    eighths = sorted({count * eighth // 8 for eighth in range(1, 8)} - {0})
+    ways = ([0, *cuts, count] for number in range(4) for cuts in combinations(eighths, number))
+    return [end - start for start, end in pairwise(min(ways, key=cost))]

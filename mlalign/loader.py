@@ -5,7 +5,6 @@ where they stand after the step that was taken last, whatever was made ahead.
 """
 
 import math
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -76,7 +75,8 @@ class Loader:
     def _task_batch(self, batch: schedule.Batch) -> Batch:
         settings = self._config.task
         rows: list[TaskExample] = self._orders["task"].take(batch.count * settings.batch_size)
-        passes = [collate_task(share, self._pad) for share in _own(rows, settings.micro_batch_size)]
+        micro_batches = slices(rows, settings.micro_batch_size, distributed.world_size())
+        passes = [collate_task(shares[distributed.rank()], self._pad) for shares in micro_batches]
         return Batch("task", batch.weight, passes, sum(row.learned for row in rows), *_count(passes))
 
     def _alignment_batch(self, batch: schedule.Batch) -> Batch:
@@ -89,10 +89,6 @@ class Loader:
             chunks.append(BitextChunk(passes, pair_keys(own)))
         counts = _count([inputs for chunk in chunks for inputs in chunk.passes])
         return Batch("alignment", batch.weight, chunks, len(pairs), *counts)
-
-
-def _own(rows: Sequence[TaskExample], micro_batch_size: int) -> list[list[TaskExample]]:
-    return [each[distributed.rank()] for each in slices(rows, micro_batch_size, distributed.world_size())]
 
 
 def _count(passes: list[dict[str, torch.Tensor]]) -> tuple[int, int]:
