@@ -7,6 +7,7 @@ that this schema governs, so that a batch size, a precision or a clipping value 
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -317,21 +318,36 @@ def _check_zero(settings: dict[str, Any], path: Path) -> None:
         raise UserError(f"deepspeed: {path}: {key}: {item['msg'].lower()}{close}") from error
 
 
+_ALTERNATIVE = re.compile(r"bool|int|str|literal\[.*\]|list\[.*\]")
+
+
 def _explain(error: ValidationError) -> str:
-    """All of pydantic's complaints as one sentence, each with the key's path."""
-    return "; ".join(_explain_one(item) for item in error.errors())
+    """All of pydantic's complaints as one sentence, each with the key's path; alternatives of a key are one."""
+    by_key: dict[str, list[dict]] = {}
+    for item in error.errors():
+        by_key.setdefault(_key(item), []).append(item)
+    return "; ".join(", or ".join([_explain_one(first), *map(_message, rest)]) for first, *rest in by_key.values())
+
+
+def _key(item: dict) -> str:
+    """Dotted, without the types that pydantic adds where a key may be of several."""
+    return ".".join(part for part in map(str, item["loc"]) if not _ALTERNATIVE.fullmatch(part))
+
+
+def _message(item: dict) -> str:
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{message[0].lower()}{message[1:]}"
 
 
 def _explain_one(item: dict) -> str:
-    key = ".".join(str(part) for part in item["loc"])
+    key = _key(item)
     if item["type"] == "extra_forbidden":
         return f"unknown key {key}{_suggest(key.split('.')[-1], _siblings(item['loc']))}"
     if item["type"] == "missing":
         return f"{key} is missing"
-    message = item["msg"].removeprefix("Value error, ")
     if not key:
-        return message
-    return f"{key} is {item['input']!r}: {message[0].lower()}{message[1:]}"
+        return item["msg"].removeprefix("Value error, ")
+    return f"{key} is {item['input']!r}: {_message(item)}"
 
 
 def _siblings(loc: tuple) -> set[str]:

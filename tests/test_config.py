@@ -50,6 +50,12 @@ BAD = {
     ("alignment.temprature=1",): r"unknown key alignment.temprature \(did you mean temperature\?\)",
     ("alignment.temperature=0",): r"alignment.temperature is 0: input should be greater than 0",
     ("alignment.temperature=warm",): r"alignment.temperature is 'warm': input should be a valid number",
+    (
+        "model.packing=maybe",
+    ): r"model.packing is 'maybe': input should be a valid boolean.*, or input should be 'auto'$",
+    (
+        "alignment.layer=deep",
+    ): r"alignment.layer is 'deep': input should be a valid integer.*, or input should be 'auto'$",
     ("interleave.mode=both",): r"interleave.mode is 'both': input should be 'joint', 'alternate' or 'micro_batch'",
     ("interleave.ratio=0:0",): r"interleave.ratio is 0:0",
     ("interleave.ratio=1:0",): r"interleave.ratio 1:0 leaves `alignment` out, but it is set",
