@@ -1,6 +1,7 @@
 """Save, resume, rotate, export. A run directory's `checkpoints/` and its `adapter/` or `model/`.
 
-    checkpoints/step-000200/   DeepSpeed's files, rank-N.pt, and state.json with the hashes of all, and its own
+    checkpoints/step-000200/   trained-N-M.safetensors (see `resharding`), rank-N.safetensors with what is a rank's own,
+                               and state.json with the hashes of all, and its own
     checkpoints/latest         the name of the newest
     adapter/ or model/         the result, in peft's or transformers' own format
 
@@ -8,29 +9,38 @@ Everything is written aside, synced and renamed, and `latest` moves last: what i
 the disk fail it later, the hashes say so before it is loaded, and the checkpoint before it is taken.
 """
 
-import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import safe_get_full_fp32_param
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
-from mlalign import distributed, jobs
+from mlalign import distributed, jobs, resharding
 from mlalign.durable import fault, sync_folder, write_hashed
 from mlalign.errors import UserError
 from mlalign.rundir import digest, write_whole
 from mlalign.tracker import say
 
 _STATE = "state.json"
+_FORMAT = 2  #: of a checkpoint; 1 held DeepSpeed's own files
+
+Files = Iterable[tuple[str, dict[str, torch.Tensor]]]  # names, and what goes into them
+
+
+class _Written(NamedTuple):
+    """What became of this rank's files."""
+
+    sha256: dict[str, str]  #: by name
+    failure: str | None
 
 
 class _Pending(NamedTuple):
@@ -40,7 +50,7 @@ class _Pending(NamedTuple):
     name: str
     state: dict[str, Any]
     keep: set[int]
-    written: Future[None] | None  #: None: already
+    written: Future[_Written]
 
 
 class Saver:
@@ -53,12 +63,12 @@ class Saver:
     def __init__(self, engine, run_dir: Path, in_background: bool) -> None:
         self._engine, self._run_dir = engine, run_dir
         self._folder, self._partial = run_dir / "checkpoints", run_dir / "checkpoints" / "partial"
-        self._thread = ThreadPoolExecutor(1) if in_background else None
-        self._writer = engine.checkpoint_engine = _Writer(in_background)
+        self._in_background = in_background
+        self._thread = ThreadPoolExecutor(1)
         self._pending: _Pending | None = None
 
-    def save(self, step: int, state: dict[str, Any], own: dict[str, Any], keep: set[int]) -> None:
-        """Write a checkpoint of the engine, `state` (JSON) and every rank's `own` (tensors). Called by all ranks.
+    def save(self, step: int, state: dict[str, Any], own: dict[str, torch.Tensor], keep: set[int]) -> None:
+        """Write a checkpoint of the engine, `state` (JSON) and every rank's `own`. Called by all ranks.
 
         Those of all steps but this, the one before it and `keep` are deleted. Raises UserError, on all ranks, where one
         could not write.
@@ -68,17 +78,22 @@ class Saver:
         with distributed.on_main(), _said_in_one_sentence(self._partial):
             if distributed.is_main():
                 shutil.rmtree(self._partial, ignore_errors=True)
-                self._partial.mkdir(parents=True)
-        frozen = any(not p.requires_grad for p in self._engine.module.parameters())
-        settings = {"tag": name, "save_latest": False, "exclude_frozen_parameters": frozen}
-        self._writer.begin()
-        with _said_in_one_sentence(self._partial):
-            self._engine.save_checkpoint(str(self._partial), **settings)
-        self._writer.save(own, str(self._partial / name / f"rank-{distributed.rank()}.pt"))
-        written = self._thread.submit(self._writer.write_held) if self._thread else None
+                (self._partial / name).mkdir(parents=True)
+        files = self._files(own)
+        if self._in_background:
+            files = list(files)
+        layout = {"world_size": distributed.world_size(), "zero_stage": self._engine.zero_optimization_stage()}
+        state = {"step": step, "adam_steps": resharding.adam_steps(self._engine), **layout, **state}
+        written = self._thread.submit(_write_files, self._partial / name, files)
         self._pending = _Pending(step, name, state, keep, written)
-        if written is None:
+        if not self._in_background:
             self.finish()
+
+    def _files(self, own: dict[str, torch.Tensor]) -> Files:
+        rank = distributed.rank()
+        yield f"rank-{rank}.safetensors", own
+        for number, tensors in enumerate(resharding.parts(self._engine)):
+            yield f"trained-{rank}-{number}.safetensors", tensors
 
     def poll(self) -> None:
         """Give a checkpoint its name as soon as every rank has written its part. Called by all ranks."""
@@ -90,20 +105,17 @@ class Saver:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        if pending.written is not None:
-            pending.written.result()
-        failures, files = zip(*distributed.gather_objects((self._writer.failure, self._writer.written)))
+        every: list[_Written] = distributed.gather_objects(pending.written.result())
         with _said_in_one_sentence(self._partial):
-            if failure := next(filter(None, failures), None):
+            if failure := next((each.failure for each in every if each.failure), None):
                 raise OSError(failure)
         with distributed.on_main(), _said_in_one_sentence(self._partial):
             if distributed.is_main():
-                self._give_name(pending, {name: sha256 for each in files for name, sha256 in each.items()})
+                self._give_name(pending, {name: sha256 for each in every for name, sha256 in each.sha256.items()})
 
     def _give_name(self, pending: _Pending, files: dict[str, str]) -> None:
         folder, name = self._folder, pending.name
-        layout = {"world_size": distributed.world_size(), "zero_stage": self._engine.zero_optimization_stage()}
-        state = {"step": pending.step, **layout, **pending.state, "files": files}
+        state = {"format": _FORMAT, **pending.state, "files": files}
         write_hashed(self._partial / name / _STATE, lambda file: file.write(_sealed(state)))
         sync_folder(self._partial / name)
         old = folder / f"{name}.old"  # an evaluation after a resume saves the same step again
@@ -112,7 +124,7 @@ class Saver:
         (self._partial / name).rename(folder / name)
         sync_folder(folder)
         shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(self._partial)  # DeepSpeed leaves a script beside the checkpoint
+        self._partial.rmdir()
         write_whole(folder / "latest", name)
         jobs.say_progress(f"{self._run_dir}: step {pending.step}")
         names = _names(folder)
@@ -121,42 +133,16 @@ class Saver:
             shutil.rmtree(folder / gone, ignore_errors=True)
 
 
-class _Writer(TorchCheckpointEngine):
-    """Writes this rank's files for DeepSpeed, at once or when told to.
-
-    A failure is kept for later instead of raised: the other ranks are in the midst of DeepSpeed's collectives.
-    """
-
-    def __init__(self, holds: bool) -> None:
-        super().__init__()
-        self._holds = holds
-        self.begin()
-
-    def begin(self) -> None:
-        """Forget the checkpoint before."""
-        self._held: dict[Path, io.BytesIO] = {}
-        self.written: dict[str, str] = {}  #: name -> SHA-256
-        self.failure: str | None = None
-
-    def save(self, state_dict: dict[str, Any], path: str) -> None:
-        if self._holds:
-            torch.save(state_dict, self._held.setdefault(Path(path), io.BytesIO()))
-        else:
-            self._write(Path(path), lambda file: torch.save(state_dict, file))
-
-    def write_held(self) -> None:
-        """Write the files, and let go of them."""
-        while self._held:
-            path, content = self._held.popitem()
-            self._write(path, lambda file, content=content: file.write(content.getbuffer()))
-
-    def _write(self, path: Path, write: Callable) -> None:
-        if self.failure:
-            return
-        try:
-            self.written[path.name] = write_hashed(path, write)
-        except (OSError, RuntimeError) as error:  # a full disk reaches us as either
-            self.failure = str(error)
+def _write_files(folder: Path, files: Files) -> _Written:
+    """Write this rank's files. A failure is told and not raised: the other ranks are to hear of it too."""
+    sha256: dict[str, str] = {}
+    try:
+        for name, tensors in files:
+            content = safetensors.torch.save(tensors)
+            sha256[name] = write_hashed(folder / name, lambda file, content=content: file.write(content))
+    except (OSError, RuntimeError) as error:
+        return _Written(sha256, str(error))
+    return _Written(sha256, None)
 
 
 @contextmanager
@@ -249,22 +235,25 @@ def _faults(checkpoint: Path) -> list[str]:
     return [found for name, sha256 in own if (found := fault(checkpoint / name, sha256))]
 
 
-def load(engine, run_dir: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Put the engine back to where it was saved. Returns the saved `state` and this rank's `own`.
+def load(engine, run_dir: Path, name: str) -> dict[str, Any]:
+    """Put the engine back to where it was saved, by whatever ranks and ZeRO stage. Returns the saved `state`.
 
-    Raises UserError where the checkpoint was made by another number of ranks or another ZeRO stage.
+    Called by all ranks. Raises UserError where the checkpoint is an older mlalign's, or of another model.
     """
-    folder = run_dir / "checkpoints"
-    state = _unsealed(folder / name / _STATE)
-    ranks, stage = distributed.world_size(), engine.zero_optimization_stage()
-    if (state["world_size"], state["zero_stage"]) != (ranks, stage):
-        saved = f"{state['world_size']} ranks and ZeRO-{state['zero_stage']}"
+    folder = run_dir / "checkpoints" / name
+    state = _unsealed(folder / _STATE)
+    if state.get("format") != _FORMAT:
         raise UserError(
-            f"{folder / name} was saved by {saved}, this run has {ranks} and ZeRO-{stage}: resume with {saved}"
+            f"{folder} was written by another version of mlalign: go on with that, or choose another run_dir"
         )
-    frozen = any(not p.requires_grad for p in engine.module.parameters())
-    engine.load_checkpoint(str(folder), tag=name, load_module_strict=not frozen)
-    return state, torch.load(folder / name / f"rank-{distributed.rank()}.pt", weights_only=True)
+    files = [folder / each for each in state["files"] if each.startswith("trained-")]
+    resharding.restore(engine, files, state["adam_steps"])
+    return state
+
+
+def load_own(run_dir: Path, name: str, rank: int) -> dict[str, torch.Tensor]:
+    """What the rank of this number saved as its own."""
+    return safetensors.torch.load_file(run_dir / "checkpoints" / name / f"rank-{rank}.safetensors")
 
 
 def export(engine, tokenizer, run_dir: Path, training: dict[str, list[str]]) -> Path:

@@ -121,6 +121,7 @@ class Optimizer(BaseModel, extra="forbid"):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)  #: of matrices; vectors (norms, biases) are never decayed
     clip: float = Field(1.0, ge=0)  #: largest global gradient norm; 0 = no clipping
+    max_skipped_steps: int = Field(10, ge=0)  #: in a row, for a loss or gradient that is no number, before the run ends
     schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = "inverse_sqrt"
     warmup_ratio: float = Field(0.03, ge=0, le=1)  #: share of all steps
     steps: int | None = Field(None, gt=0)
@@ -195,7 +196,10 @@ class Config(BaseModel, extra="forbid"):
     def differences(self, other: "Config") -> list[str]:
         """Dotted keys whose values differ, apart from those that do not change the result."""
         mine, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
-        ignored = {"run_dir", "log_every", "async_checkpoint"}
+        ignored = {"run_dir", "log_every", "checkpoint_every", "async_checkpoint", "deepspeed"}
+        ignored |= {"model.gradient_checkpointing", "task.micro_batch_size"}
+        if not self.alignment or self.alignment.negatives == "global":
+            ignored.add("alignment.micro_batch_size")
         return sorted(k for k in mine.keys() | theirs.keys() if k not in ignored and mine.get(k) != theirs.get(k))
 
 
@@ -297,6 +301,8 @@ def read_deepspeed(name: str | None) -> dict[str, Any]:
     if automatic:
         raise UserError(f'deepspeed: {path} sets {automatic[0]} to "auto": write the value, or leave the key out')
     _check_zero(settings, path)
+    if (settings.get("offload_optimizer") or {}).get("device") == "nvme":
+        raise UserError(f"deepspeed: {path} offloads the optimizer to nvme, which no checkpoint could hold: use cpu")
     return values
 
 

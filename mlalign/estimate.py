@@ -85,7 +85,7 @@ def estimate(job: Job) -> Estimate:
         host=model_states(layout)[1],
         parameters=parameters,
         trainable=layout.trainable,
-        checkpoint=checkpoint_size(layout, _tied_head(paper)),
+        checkpoint=checkpoint_size(layout),
         result=4 * layout.trainable if config.lora else layout.width * parameters,
     )
 
@@ -100,12 +100,6 @@ def _pass(job: Job, paper: PaperModel, name: str, zero3: bool) -> Pass:
             settings = job.config.alignment
             job.traces[key] = alignment_pass(paper, work.shapes, settings, job.ranks, work.micro_batches, zero3)
     return job.traces[key]
-
-
-def _tied_head(paper: PaperModel) -> int:
-    """Elements of a frozen LM head that is the frozen embedding."""
-    head, words = paper.aligned.lm.get_output_embeddings().weight, paper.aligned.lm.get_input_embeddings().weight
-    return head.numel() if head is words and not head.requires_grad else 0
 
 
 def advise(job: Job, gib: float) -> tuple[dict[str, int], str]:

@@ -1,22 +1,68 @@
-"""What would spoil a run without a word: looked for at log steps, by all ranks alike."""
+"""What would spoil a run without a word: steps whose gradient is no number, ranks whose weights are not the others'."""
 
+import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from mlalign.distributed import gather_rows, world_size
+from mlalign.distributed import gather_objects, gather_rows, is_main, on_main, world_size
 from mlalign.errors import UserError
+from mlalign.examples import Pair, TaskExample
+from mlalign.rundir import write_whole
+from mlalign.tracker import say
 
 
-def refuse_non_finite(values: dict[str, float], step: int, run_dir: Path) -> None:
-    """Raise UserError where a loss or the gradient is no number any more; `values` are the same on all ranks."""
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
+def tell_of_skipped(
+    step: int, losses: dict[str, list[float]], dealt: list[tuple[str, list]], tokenizer, run_dir: Path
+) -> None:
+    """Say that a step was left out, and whose loss was at fault; write its rows to skipped/. Called by all ranks.
+
+    Args: losses: objective -> this rank's shares of its batches' losses; dealt: of each batch its objective, and
+    micro-batches -> ranks -> rows.
+    """
+    bad = [name for name, shares in losses.items() if not all(map(math.isfinite, shares))]
+    by_rank = gather_objects(bad)
+    guilty = [(name, [rank for rank, names in enumerate(by_rank) if name in names]) for name in losses]
+    named = [f"the {name} loss of rank {_listed(ranks)}" for name, ranks in guilty if ranks]
+    reason = f"{' and '.join(named)} is no number" if named else "the gradient is no number, though all losses are"
+    path = run_dir / "skipped" / f"step-{step:06d}.jsonl"
+    with on_main():
+        if is_main():
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(dealt, tokenizer)))
+    say(f"WARNING: step {step} is left out, as {reason}; its rows are in {path}", "bold red")
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:4])) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
+
+
+def _rows(dealt: list[tuple[str, list]], tokenizer) -> Iterator[dict[str, str | int]]:
+    for objective, micro_batches in dealt:
+        for number, shares in enumerate(micro_batches):
+            for rank, rows in enumerate(shares):
+                for row in rows:
+                    place = {"objective": objective, "micro_batch": number, "rank": rank}
+                    yield place | _as_text(row, tokenizer)
+
+
+def _as_text(row: TaskExample | Pair, tokenizer) -> dict[str, str]:
+    if isinstance(row, TaskExample):
+        return {"lang": row.language, "text": tokenizer.decode(row.ids)}
+    names = zip(("src_lang", "tgt_lang"), row.languages)
+    return {"src": tokenizer.decode(row.src), "tgt": tokenizer.decode(row.tgt), **dict(names)}
+
+
+def refuse_many_skipped(in_a_row: int, most: int, step: int, run_dir: Path) -> None:
+    """Raise UserError where more steps in a row were left out than are allowed; the arguments are all ranks' alike."""
+    if in_a_row > most:
         raise UserError(
-            f"{bad[0]} is {values[bad[0]]} after step {step}: try a lower optimizer.lr or a longer warmup; "
-            f"{run_dir / 'checkpoints'} holds what was saved before"
+            f"the last {in_a_row} steps up to {step} gave a loss or gradient that is no number: try a lower "
+            f"optimizer.lr or a longer warmup, and look at {run_dir / 'skipped'}; {run_dir / 'checkpoints'} holds what "
+            "was saved before"
         )
 
 

@@ -27,6 +27,7 @@ class Batch(NamedTuple):
     size: int  #: of the global batch: learned tokens of the task, or pairs
     tokens: int  #: of this rank
     positions: int  #: of this rank: tokens and padding
+    dealt: list[list[list]]  #: micro-batches -> ranks -> the rows that went in
 
 
 class _Made(NamedTuple):
@@ -77,18 +78,18 @@ class Loader:
         rows: list[TaskExample] = self._orders["task"].take(batch.count * settings.batch_size)
         micro_batches = slices(rows, settings.micro_batch_size, distributed.world_size())
         passes = [collate_task(shares[distributed.rank()], self._pad) for shares in micro_batches]
-        return Batch("task", batch.weight, passes, sum(row.learned for row in rows), *_count(passes))
+        return Batch("task", batch.weight, passes, sum(row.learned for row in rows), *_count(passes), micro_batches)
 
     def _alignment_batch(self, batch: schedule.Batch) -> Batch:
         settings = self._config.alignment
         pairs: list[Pair] = self._orders["alignment"].take(settings.batch_size)
-        chunks = []
-        for shares in slices(pairs, settings.micro_batch_size, distributed.world_size()):
+        chunks, micro_batches = [], slices(pairs, settings.micro_batch_size, distributed.world_size())
+        for shares in micro_batches:
             own = shares[distributed.rank()]
             passes = collate_bitext(own, self._pad, pass_sizes(shares, self._pad, self._zero3))
             chunks.append(BitextChunk(passes, pair_keys(own)))
         counts = _count([inputs for chunk in chunks for inputs in chunk.passes])
-        return Batch("alignment", batch.weight, chunks, len(pairs), *counts)
+        return Batch("alignment", batch.weight, chunks, len(pairs), *counts, micro_batches)
 
 
 def _count(passes: list[dict[str, torch.Tensor]]) -> tuple[int, int]:

@@ -11,6 +11,7 @@ DeepSpeed's accumulation boundary set by hand, ZeRO-1 and 2 with an offloaded op
 backward did not reach.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ def task_backward(
     loss = torch.zeros((), device=engine.device)
     for micro_batch in micro_batches:
         nll = engine(task=micro_batch)
-        engine.backward(nll * (weight * world_size() / global_tokens), scale_wrt_gas=False)
+        engine.backward(_sound(nll) * (weight * world_size() / global_tokens), scale_wrt_gas=False)
         loss += nll.detach() / global_tokens
     return loss
 
@@ -72,9 +73,14 @@ def align_backward(engine, chunks: list[BitextChunk], settings: Alignment, weigh
         return _align_locally(engine, chunks, settings, weight)
     if len(chunks) == 1:
         loss = alignment_loss(engine(bitext=chunks[0].passes), chunks[0].keys, settings)
-        engine.backward(loss * weight, scale_wrt_gas=False)
+        engine.backward(_sound(loss) * weight, scale_wrt_gas=False)
         return loss.detach()
     return _align_in_chunks(engine, chunks, settings, weight)
+
+
+def _sound(loss: torch.Tensor) -> torch.Tensor:
+    """A loss that is no number has a gradient that is none, by which the step is left out; asked without waiting."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def _align_locally(engine, chunks: list[BitextChunk], settings: Alignment, weight: float) -> torch.Tensor:
@@ -83,7 +89,7 @@ def _align_locally(engine, chunks: list[BitextChunk], settings: Alignment, weigh
     pairs = sum(len(chunk.keys) for chunk in chunks)
     for chunk in chunks:
         loss = alignment_loss(engine(bitext=chunk.passes), chunk.keys, settings) * (len(chunk.keys) / pairs)
-        engine.backward(loss * weight, scale_wrt_gas=False)
+        engine.backward(_sound(loss) * weight, scale_wrt_gas=False)
         total += loss.detach()
     return total
 
@@ -105,7 +111,7 @@ def _align_in_chunks(engine, chunks: list[BitextChunk], settings: Alignment, wei
     embeddings += [engine(bitext=chunk.passes) for chunk in once]
     whole = torch.cat([each.detach() for each in embeddings], dim=1).requires_grad_()
     loss = alignment_loss(whole, torch.cat([chunk.keys for chunk in chunks]), settings)
-    (gradient,) = torch.autograd.grad(loss * weight, whole)
+    (gradient,) = torch.autograd.grad(_sound(loss) * weight, whole)
     parts = list(gradient.split([len(chunk.keys) for chunk in chunks], dim=1))
     if once:
         engine.backward((embeddings.pop() * parts.pop()).sum(), scale_wrt_gas=False)
@@ -196,7 +202,7 @@ def random_state() -> tuple[torch.Tensor, ...]:
     return (torch.get_rng_state(), *cuda)
 
 
-def set_random_state(state: tuple[torch.Tensor, ...]) -> None:
+def set_random_state(state: Sequence[torch.Tensor]) -> None:
     """Put the generators back to where `random_state` found them."""
     torch.set_rng_state(state[0])
     if len(state) > 1:

@@ -38,8 +38,8 @@ def open_run(config: Config, run_dir: Path) -> None:
                     f"run_dir {run_dir} belongs to a run with another config (different: {', '.join(different)}): "
                     "choose another run_dir, or the same values to resume"
                 )
+        write_whole(path, dump(config))
         if not started:
-            write_whole(path, dump(config))
             (run_dir / "environment.txt").unlink(missing_ok=True)
         with (run_dir / "environment.txt").open("a") as file:
             file.write(_environment())

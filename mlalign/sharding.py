@@ -121,6 +121,12 @@ def forget_modules(engine) -> None:
         del FWD_MODULE_STACK[FWD_MODULE_STACK.index(engine.module) + 1 :]
 
 
+def step_was_taken(engine) -> bool:
+    """Whether the last step changed anything: it does not where the gradient is no number. The same on all ranks."""
+    norm = getattr(engine, "plain_grad_norm", None)
+    return engine.was_step_applied() if norm is None else bool(norm.isfinite())
+
+
 def grad_norm(engine) -> float:
     """The global gradient norm of the last step, before clipping."""
     norm = getattr(engine, "plain_grad_norm", None)

@@ -21,6 +21,7 @@ _FORMATS = {
     "pairs_per_second": ",.1f",
     "memory_gib": ".2f",
     "grad_norm": ".3f",
+    "skipped_steps": ",",
 }
 
 
@@ -44,13 +45,24 @@ class Meter:
         for name, count in counts.items():
             self._sums[name] = self._sums.get(name, 0) + count
 
-    def losses(self) -> dict[str, list[torch.Tensor]]:
-        """What a checkpoint between two log steps must hold, on the CPU."""
-        return {name: [loss.cpu() for loss in losses] for name, losses in self._losses.items()}
+    def losses(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint between two log steps must hold: objective -> losses [batches], on the CPU."""
+        return {name: torch.stack(losses).cpu() for name, losses in self._losses.items()}
 
-    def restore(self, losses: dict[str, list[torch.Tensor]], device: torch.device) -> None:
+    def restore(self, losses: dict[str, torch.Tensor], device: torch.device) -> None:
         """Go on from `losses()` of a checkpoint."""
-        self._losses = {name: [loss.to(device) for loss in each] for name, each in losses.items()}
+        self._losses = {name: list(each.to(device)) for name, each in losses.items()}
+
+    def mark(self) -> dict[str, int]:
+        """For `back_to`."""
+        return {name: len(losses) for name, losses in self._losses.items()}
+
+    def back_to(self, mark: dict[str, int]) -> dict[str, list[float]]:
+        """Forget the losses taken in since `mark()`, of a step that was left out, and return them."""
+        forgotten = {name: losses[mark.get(name, 0) :] for name, losses in self._losses.items()}
+        kept = {name: losses[: mark.get(name, 0)] for name, losses in self._losses.items()}
+        self._losses = {name: losses for name, losses in kept.items() if losses}
+        return {name: [loss.item() for loss in losses] for name, losses in forgotten.items() if losses}
 
     def restart_clock(self) -> None:
         """Leave out what came since the last log step, such as an evaluation, from the throughput."""
@@ -60,7 +72,7 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Means and rates since the last call, over all ranks, reduced in one collective."""
         means = {f"train/{name}_loss": torch.stack(losses).mean() for name, losses in self._losses.items()}
-        device = next(iter(means.values())).device
+        device = distributed.device()
         counts = [torch.tensor(float(count), device=device) for count in self._sums.values()]
         reduced = distributed.all_sum(torch.stack([*means.values(), *counts])).tolist()
         values = dict(zip(means, reduced))

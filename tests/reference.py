@@ -67,8 +67,11 @@ def load(config: Config):
     return get_peft_model(lm, LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def train(config: Config, layer: int) -> dict[str, torch.Tensor]:
-    """Joint or alternating steps, constant learning rate. Returns every trainable parameter by name."""
+def train(config: Config, layer: int, left_out: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
+    """Joint or alternating steps, constant learning rate. Returns every trainable parameter by name.
+
+    left_out: steps, from 0, of which the batches are drawn and nothing else happens.
+    """
     lm = load(config)
     names = [name for name, p in lm.named_parameters() if p.requires_grad]
     dataset = load_dataset(config, load_tokenizer(config.model))
@@ -88,6 +91,8 @@ def train(config: Config, layer: int) -> dict[str, torch.Tensor]:
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)  # DeepSpeed's optimizers see zeros, where torch has None
         loss.backward()
+        if step in left_out:
+            continue
         torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip or math.inf)
         resting = [p.detach().clone() for p in parameters] if "task" not in now else []
         optimizer.step()

@@ -19,7 +19,7 @@ from mlalign.config import Config, offloads_optimizer, read_deepspeed
 from mlalign.dataset import Dataset, load_dataset
 from mlalign.errors import UserError
 from mlalign.evaluation import evaluate, to_device
-from mlalign.guards import refuse_diverged, refuse_non_finite
+from mlalign.guards import refuse_diverged, refuse_many_skipped, tell_of_skipped
 from mlalign.loader import Batch, Loader
 from mlalign.objectives import (
     BitextChunk,
@@ -45,11 +45,19 @@ class Progress:
     evaluations_since_best: int = 0
     evaluated_step: int = 0  #: a run stopped by a signal where an evaluation is due begins again with it
     stopped_early: bool = False
+    skipped: int = 0  #: steps that were left out
+    skipped_in_a_row: int = 0  #: of them, the last ones
 
     def evaluation_due(self, config: Config, steps: int) -> bool:
         """Whether to evaluate now: every so many steps and after the last, once each."""
         at_step = self.step % config.evaluation.every == 0 or self.step == steps
         return at_step and self.step > self.evaluated_step
+
+    def count(self, taken: bool) -> None:
+        """Take in a step."""
+        self.step += 1
+        self.skipped += not taken
+        self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
 
     def judge(self, values: dict[str, float], patience: int) -> bool:
         """Take in an evaluation; returns whether it is the best so far."""
@@ -128,15 +136,25 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path) -> None
                 saver.finish()
                 break
 
-            with_task = _backward(engine, config, loader.take(), meter)
+            batches, mark = loader.take(), meter.mark()
+            with_task = _backward(engine, config, batches, meter)
             lr = config.optimizer.lr * lr_factor(progress.step)
             log_now = (progress.step + 1) % config.log_every == 0 or progress.step + 1 == steps
             grad_norm = _optimizer_step(engine, lr, with_task, measure=log_now)
-            progress.step += 1
+            progress.count(taken=sharding.step_was_taken(engine))
             tracker.advance(progress.step)
+            if progress.skipped_in_a_row:
+                dealt = [(batch.objective, batch.dealt) for batch in batches]
+                tell_of_skipped(progress.step, meter.back_to(mark), dealt, tokenizer, run_dir)
+                refuse_many_skipped(
+                    progress.skipped_in_a_row, config.optimizer.max_skipped_steps, progress.step, run_dir
+                )
             if log_now:
-                values = meter.read() | {"train/lr": lr, "train/grad_norm": grad_norm}
-                refuse_non_finite(values, progress.step, run_dir)
+                values = meter.read() | {"train/lr": lr}
+                if not progress.skipped_in_a_row:
+                    values["train/grad_norm"] = grad_norm
+                if progress.skipped:
+                    values["train/skipped_steps"] = progress.skipped
                 refuse_diverged(engine.module.lm, progress.step, run_dir)
                 tracker.log(progress.step, values)
     tracker.close()
@@ -221,7 +239,8 @@ def _save(
     saver: checkpoint.Saver, dataset: Dataset, loader: Loader, meter: Meter, progress: Progress, steps: int
 ) -> None:
     state = {"progress": asdict(progress), "orders": loader.state(), "steps": steps, "epoch_rows": dataset.epoch_rows}
-    own = {"random_state": random_state(), "losses": meter.losses()}
+    own = {f"random_state.{number}": each for number, each in enumerate(random_state())}
+    own |= {f"losses.{objective}": losses for objective, losses in meter.losses().items()}
     saver.save(progress.step, state, own, keep={progress.best_step})
 
 
@@ -229,9 +248,9 @@ def _resume(engine, dataset: Dataset, meter: Meter, run_dir: Path, seed: int, st
     """Go back to the latest checkpoint, or start. Raises UserError where the data has another number of rows now."""
     name = checkpoint.newest_whole(run_dir)
     if name is None:
-        torch.manual_seed(seed * 1_000_003 + distributed.rank())  # dropout differs between ranks
+        _seed(seed, step=0)
         return Progress()
-    state, own = checkpoint.load(engine, run_dir, name)
+    state = checkpoint.load(engine, run_dir, name)
     if (state["steps"], state["epoch_rows"]) != (steps, dataset.epoch_rows):
         raise UserError(
             f"{run_dir} was started with {state['epoch_rows']} rows and {state['steps']} steps, now the data gives "
@@ -239,10 +258,28 @@ def _resume(engine, dataset: Dataset, meter: Meter, run_dir: Path, seed: int, st
         )
     for objective, order in dataset.orders.items():
         order.restore(state["orders"][objective])
-    set_random_state(own["random_state"])
-    meter.restore(own["losses"], engine.device)
-    say(f"resumed from {run_dir / 'checkpoints' / name}")
+    before = state["world_size"]
+    if before == distributed.world_size():
+        own = checkpoint.load_own(run_dir, name, distributed.rank())
+        set_random_state([own[key] for key in sorted(own) if key.startswith("random_state.")])
+        losses = _losses(own)
+    else:  # ranks that there were not, or are not: other dropout, and all losses since the last log step are rank 0's
+        _seed(seed, state["step"])
+        every = [_losses(checkpoint.load_own(run_dir, name, rank)) for rank in range(before)]
+        losses = {key: sum(each[key] for each in every) * distributed.is_main() for key in every[0]}
+    meter.restore(losses, engine.device)
+    saved = f"saved by {before} ranks with ZeRO-{state['zero_stage']}"
+    say(f"resumed from {run_dir / 'checkpoints' / name}, {saved}")
     return Progress(**state["progress"])
+
+
+def _losses(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.removeprefix("losses."): value for key, value in own.items() if key.startswith("losses.")}
+
+
+def _seed(seed: int, step: int) -> None:
+    """Dropout differs between ranks."""
+    torch.manual_seed(seed * 1_000_003 + step * 1_009 + distributed.rank())
 
 
 def _make_engine(config: Config, engine_config: dict[str, Any], layer: int):
