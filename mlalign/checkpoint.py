@@ -11,7 +11,7 @@ the disk fail it later, the hashes say so before it is loaded, and the checkpoin
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,8 +60,10 @@ class Saver:
     its name. Until then it does not exist: a run that is killed meanwhile goes on from the one before.
     """
 
-    def __init__(self, engine, run_dir: Path, in_background: bool) -> None:
+    def __init__(self, engine, run_dir: Path, in_background: bool, touch: Callable[[], None] = lambda: None) -> None:
+        """touch: called after each file that the run waits for."""
         self._engine, self._run_dir = engine, run_dir
+        self._touch = touch
         self._folder, self._partial = run_dir / "checkpoints", run_dir / "checkpoints" / "partial"
         self._in_background = in_background
         self._thread = ThreadPoolExecutor(1)
@@ -79,9 +81,7 @@ class Saver:
             if distributed.is_main():
                 shutil.rmtree(self._partial, ignore_errors=True)
                 (self._partial / name).mkdir(parents=True)
-        files = self._files(own)
-        if self._in_background:
-            files = list(files)
+        files = list(self._files(own)) if self._in_background else self._with_touch(self._files(own))
         layout = {"world_size": distributed.world_size(), "zero_stage": self._engine.zero_optimization_stage()}
         state = {"step": step, "adam_steps": resharding.adam_steps(self._engine), **layout, **state}
         written = self._thread.submit(_write_files, self._partial / name, files)
@@ -94,6 +94,11 @@ class Saver:
         yield f"rank-{rank}.safetensors", own
         for number, tensors in enumerate(resharding.parts(self._engine)):
             yield f"trained-{rank}-{number}.safetensors", tensors
+
+    def _with_touch(self, files: Files) -> Files:
+        for each in files:
+            yield each
+            self._touch()
 
     def poll(self) -> None:
         """Give a checkpoint its name as soon as every rank has written its part. Called by all ranks."""

@@ -150,6 +150,8 @@ class Config(BaseModel, extra="forbid"):
     async_checkpoint: bool | Literal["auto"] = "auto"
     """Write checkpoints while training goes on, from a copy in host memory; auto = if the optimizer is on a GPU."""
     log_every: int = Field(10, gt=0)  #: steps
+    stuck_after: float = Field(600, ge=0, allow_inf_nan=False)
+    """Seconds without progress on any rank after which the job ends, to be started again; 0 = wait for ever."""
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "Config":
@@ -196,7 +198,7 @@ class Config(BaseModel, extra="forbid"):
     def differences(self, other: "Config") -> list[str]:
         """Dotted keys whose values differ, apart from those that do not change the result."""
         mine, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
-        ignored = {"run_dir", "log_every", "checkpoint_every", "async_checkpoint", "deepspeed"}
+        ignored = {"run_dir", "log_every", "checkpoint_every", "async_checkpoint", "stuck_after", "deepspeed"}
         ignored |= {"model.gradient_checkpointing", "task.micro_batch_size"}
         if not self.alignment or self.alignment.negatives == "global":
             ignored.add("alignment.micro_batch_size")

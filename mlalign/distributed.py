@@ -21,6 +21,7 @@ from mlalign.errors import NotMetError, StoppedError, UserError
 from mlalign.launchers import Place
 
 _TIMEOUT = timedelta(minutes=30)  # of a collective
+_met_at: dist.Store | None = None  # where the ranks found each other
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -66,6 +67,7 @@ def _device_index(place: Place) -> int:
 
 def _join(place: Place) -> None:
     """Meet the others at rank 0's store, within the rendezvous timeout, and form the group."""
+    global _met_at
     who = f"rank {place.rank} on host {socket.gethostname()}"
     seconds = os.environ.get("RENDEZVOUS_TIMEOUT", "300")
     if not seconds.isdecimal() or int(seconds) == 0:
@@ -82,6 +84,7 @@ def _join(place: Place) -> None:
         backend = "nccl" if uses_cuda() else "gloo"
         ranks = {"rank": place.rank, "world_size": place.world_size}
         dist.init_process_group(backend, store=store, timeout=_TIMEOUT, **ranks)
+        _met_at = store
     except (RuntimeError, ValueError, OSError) as error:
         meeting = f"{place.address}:{place.port} (MASTER_ADDR and MASTER_PORT)"
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
@@ -94,6 +97,11 @@ def _join(place: Place) -> None:
         else:
             reason = f"no rank 0 at {meeting} within {seconds} s: is it running on that host, and is the port open?"
         raise NotMetError(f"{who}: {reason}") from error
+
+
+def own_store() -> dist.Store | None:
+    """The store at which the ranks met, for the use of one thread: no other's calls block it. None: no group."""
+    return None if _met_at is None else _met_at.clone()
 
 
 def lost_a_rank(error: Exception) -> bool:

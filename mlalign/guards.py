@@ -1,14 +1,16 @@
-"""What would spoil a run without a word: steps whose gradient is no number, ranks whose weights are not the others'."""
+"""What spoils a run: gradients that are no number, ranks whose weights are not the others', memory that is used up."""
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from mlalign.distributed import gather_objects, gather_rows, is_main, on_main, world_size
+from mlalign.config import Config
+from mlalign.distributed import gather_objects, gather_rows, is_main, on_main, rank, world_size
 from mlalign.errors import UserError
 from mlalign.examples import Pair, TaskExample
 from mlalign.rundir import write_whole
@@ -43,9 +45,9 @@ def _listed(ranks: list[int]) -> str:
 def _rows(dealt: list[tuple[str, list]], tokenizer) -> Iterator[dict[str, str | int]]:
     for objective, micro_batches in dealt:
         for number, shares in enumerate(micro_batches):
-            for rank, rows in enumerate(shares):
+            for owner, rows in enumerate(shares):
                 for row in rows:
-                    place = {"objective": objective, "micro_batch": number, "rank": rank}
+                    place = {"objective": objective, "micro_batch": number, "rank": owner}
                     yield place | _as_text(row, tokenizer)
 
 
@@ -84,3 +86,36 @@ def refuse_diverged(lm: nn.Module, step: int, run_dir: Path) -> None:
             f"after step {step} rank {rank} has other weights than rank 0, in {copies[first][0]} first: memory or "
             f"network of its host may be at fault; {run_dir / 'checkpoints'} holds what was saved before"
         )
+
+
+@contextmanager
+def memory_said(config: Config, place: Callable[[], tuple[str, int]]) -> Iterator[None]:
+    """Where memory is used up in the body, raise UserError with what to change. `place` tells phase and step."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_of_memory(error):
+            raise
+        phase, step = place()
+        raise UserError(
+            f"rank {rank()} ran out of memory ({phase}, step {step}): {_smaller(config, phase)}; then the same command "
+            "goes on, and `mlalign plan` says beforehand what fits"
+        ) from error
+
+
+def _is_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "out of memory" in str(error).lower() or "can't allocate memory" in str(error)
+
+
+def _smaller(config: Config, phase: str) -> str:
+    """What to change in a config, the cheapest first."""
+    section = {"task batch": config.task, "alignment batch": config.alignment}.get(phase)
+    changes = []
+    if section is not None and section.micro_batch_size > 1:
+        changes.append(f"set {phase.split()[0]}.micro_batch_size={section.micro_batch_size // 2}")
+    if not config.model.gradient_checkpointing:
+        changes.append("set model.gradient_checkpointing=true")
+    changes.append("shard more (deepspeed=ds_configs/zero3.json, zero3_offload.json), or take more ranks")
+    return ", or ".join(changes)

@@ -24,6 +24,7 @@ LAYERS = [
         "memory",
         "examples",
         "resharding",
+        "watchdog",
     },
     {
         "guards",

@@ -6,7 +6,7 @@ launch/deepspeed.sh recipe.yaml model.path=... run_dir=...      all GPUs of this
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from mlalign.config import Config, offloads_optimizer, read_deepspeed
 from mlalign.dataset import Dataset, load_dataset
 from mlalign.errors import UserError
 from mlalign.evaluation import evaluate, to_device
-from mlalign.guards import refuse_diverged, refuse_many_skipped, tell_of_skipped
+from mlalign.guards import memory_said, refuse_diverged, refuse_many_skipped, tell_of_skipped
 from mlalign.loader import Batch, Loader
 from mlalign.objectives import (
     BitextChunk,
@@ -33,6 +33,7 @@ from mlalign.objectives import (
 from mlalign.packing import choose_pad
 from mlalign.rundir import held, open_run, write_whole
 from mlalign.tracker import Meter, Tracker, say
+from mlalign.watchdog import Watchdog
 
 
 @dataclass
@@ -78,12 +79,13 @@ def train(config: Config) -> None:
     engine_config = sharding.engine_config(config, read_deepspeed(config.deepspeed))
     run_dir = Path(config.run_dir)
     config.check_ranks(distributed.world_size())
-    with held(run_dir):
+    watch = Watchdog(config.stuck_after, run_dir)
+    with held(run_dir), memory_said(config, lambda: (watch.phase, watch.step)):
         open_run(config, run_dir)
-        _train(config, engine_config, run_dir)
+        _train(config, engine_config, run_dir, watch)
 
 
-def _train(config: Config, engine_config: dict[str, Any], run_dir: Path) -> None:
+def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: Watchdog) -> None:
     tokenizer = model.load_tokenizer(config.model)
     layer = model.checked_layer(config)
     dataset = load_dataset(config, tokenizer)
@@ -100,24 +102,27 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path) -> None
     meter = Meter()
     progress = _resume(engine, dataset, meter, run_dir, config.seed, steps)
     kept = progress.step  # what the latest checkpoint holds
-    saver = checkpoint.Saver(engine, run_dir, _saves_in_background(config, engine_config))
+    engine.module.register_forward_pre_hook(lambda *_: watch.touch())
+    saver = checkpoint.Saver(engine, run_dir, _saves_in_background(config, engine_config), watch.touch)
     tracker = Tracker(run_dir, progress.step, steps)
     if progress.step == 0:
         tracker.text("config", (run_dir / "config.yaml").read_text())
 
     loader = Loader(config, dataset.orders, pad, progress.step, steps)
-    with distributed.StopSignals() as signals, closing(loader):
+    with distributed.StopSignals() as signals, closing(loader), watch:
 
         def asked_to_stop() -> bool:
             return distributed.any_rank(signals.received)
 
         engine.train()
         while True:
+            watch.at("decisions", progress.step)
             stop = asked_to_stop()
             saver.poll()
             improved = False
             evaluated = None
             if progress.evaluation_due(config, steps) and dataset.has_dev and not stop:
+                watch.at("evaluation", progress.step)
                 evaluated = evaluate(engine, config, dataset.task_dev, dataset.bitext_dev, pad, asked_to_stop)
                 stop = evaluated is None
                 meter.restart_clock()
@@ -126,9 +131,11 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path) -> None
                 improved = progress.judge(evaluated, config.evaluation.patience)
             finished = progress.step == steps or progress.stopped_early
             if improved or (finished and not stop and progress.best is None and progress.step > kept):
+                watch.at("export", progress.step)
                 checkpoint.export(engine, tokenizer, run_dir, dataset.languages())
             due = finished or stop or progress.step % config.checkpoint_every == 0
             if evaluated or (due and progress.step > kept):
+                watch.at("checkpoint", progress.step)
                 _save(saver, dataset, loader, meter, progress, steps)
                 kept = progress.step
                 meter.restart_clock()
@@ -136,8 +143,12 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path) -> None
                 saver.finish()
                 break
 
+            watch.at("data", progress.step + 1)
             batches, mark = loader.take(), meter.mark()
-            with_task = _backward(engine, config, batches, meter)
+            with_task = _backward(
+                engine, config, batches, meter, lambda objective: watch.at(f"{objective} batch", progress.step + 1)
+            )
+            watch.at("optimizer", progress.step + 1)
             lr = config.optimizer.lr * lr_factor(progress.step)
             log_now = (progress.step + 1) % config.log_every == 0 or progress.step + 1 == steps
             grad_norm = _optimizer_step(engine, lr, with_task, measure=log_now)
@@ -146,17 +157,11 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path) -> None
             if progress.skipped_in_a_row:
                 dealt = [(batch.objective, batch.dealt) for batch in batches]
                 tell_of_skipped(progress.step, meter.back_to(mark), dealt, tokenizer, run_dir)
-                refuse_many_skipped(
-                    progress.skipped_in_a_row, config.optimizer.max_skipped_steps, progress.step, run_dir
-                )
+                limit = config.optimizer.max_skipped_steps
+                refuse_many_skipped(progress.skipped_in_a_row, limit, progress.step, run_dir)
             if log_now:
-                values = meter.read() | {"train/lr": lr}
-                if not progress.skipped_in_a_row:
-                    values["train/grad_norm"] = grad_norm
-                if progress.skipped:
-                    values["train/skipped_steps"] = progress.skipped
                 refuse_diverged(engine.module.lm, progress.step, run_dir)
-                tracker.log(progress.step, values)
+                tracker.log(progress.step, meter.read() | {"train/lr": lr} | _step_values(progress, grad_norm))
     tracker.close()
     if any(section and section.streaming for section in (config.task, config.alignment)):
         _say_counts(dataset)
@@ -194,10 +199,13 @@ def measure(config: Config, steps: int) -> dict[str, float]:
     return {"tokens_per_second": values["train/tokens_per_second"], "memory": values["train/memory_gib"] * 2**30}
 
 
-def _backward(engine, config: Config, batches: list[Batch], meter: Meter) -> bool:
+def _backward(
+    engine, config: Config, batches: list[Batch], meter: Meter, comes_to: Callable[[str], None] = lambda objective: None
+) -> bool:
     """All forward and backward passes of one optimizer step. Returns whether a task batch was among them."""
     with one_reduction(engine):
         for batch in batches:
+            comes_to(batch.objective)
             backward = _task_batch if batch.objective == "task" else _alignment_batch
             backward(engine, config, batch, meter)
     return batches[0].objective == "task"
@@ -227,6 +235,12 @@ def _optimizer_step(engine, lr: float, with_task: bool, measure: bool) -> float 
     engine.step()
     sharding.forget_modules(engine)
     return sharding.grad_norm(engine) if measure else None
+
+
+def _step_values(progress: Progress, grad_norm: float) -> dict[str, float]:
+    """What there is to log of the last step: no norm if it was left out."""
+    values = {} if progress.skipped_in_a_row else {"train/grad_norm": grad_norm}
+    return values | ({"train/skipped_steps": progress.skipped} if progress.skipped else {})
 
 
 def _saves_in_background(config: Config, engine_config: dict[str, Any]) -> bool:

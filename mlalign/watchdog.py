@@ -1,0 +1,145 @@
+"""Ends a job that no longer gets anywhere, and says which rank holds it up: a stopped process, a lost host.
+
+Ranks wait for each other in collectives, so that one that is stuck holds up all, for good, and pays for it by the hour.
+Every rank tells the others where it is through the store at which they met. Where none has come further for so long,
+each process ends with an exit code of its own: 75, EX_TEMPFAIL, by which a job script knows to start again.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as TookTooLongError
+from pathlib import Path
+from typing import NamedTuple
+
+from mlalign import distributed
+
+_EXIT_CODE = 75
+_LONGEST_INTERVAL = 5.0  #: seconds between two signs of life
+_KEY = "mlalign/watchdog/{}"
+
+
+class _Sign(NamedTuple):
+    """What a rank last told of itself."""
+
+    beat: int  #: that its process is alive
+    marks: int  #: how many calls of `at` it has come to, the same ones on all ranks
+    touches: int  #: that its main thread comes further
+    phase: str
+    step: int
+    place: str  #: process and host
+
+    def __str__(self) -> str:
+        return f"{self.phase} of step {self.step}"
+
+
+class Watchdog:
+    """Watches over the main thread for the body of a `with`, by all ranks; 0 seconds: it sleeps."""
+
+    def __init__(self, seconds: float, run_dir: Path) -> None:
+        """seconds: without progress on any rank, after which the process ends."""
+        self._seconds, self._folder = seconds, run_dir / "stuck"
+        self._interval = min(_LONGEST_INTERVAL, seconds / 20)
+        self._over = threading.Event()
+        self._marks, self._touches, self._since = 0, 0, time.monotonic()
+        self.phase, self.step = "start", 0
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds:
+            self.touch()
+            for loop in (self._tell, self._watch):
+                threading.Thread(target=loop, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._over.set()
+
+    def at(self, phase: str, step: int) -> None:
+        """The main thread comes to another part of its work, as on all ranks."""
+        self.phase, self.step = phase, step
+        self._marks += 1
+        self.touch()
+
+    def touch(self) -> None:
+        """There is progress within that part."""
+        self._touches += 1
+        self._since = time.monotonic()
+
+    def _tell(self) -> None:
+        store, beat = distributed.own_store(), 0
+        place = f"process {os.getpid()} on host {socket.gethostname()}"
+        while store is not None and not self._over.wait(self._interval):
+            beat += 1
+            sign = _Sign(beat, self._marks, self._touches, self.phase, self.step, place)
+            try:
+                store.set(_KEY.format(distributed.rank()), json.dumps(sign))
+            except Exception:  # rank 0 is gone: the others are about to learn so, one way or another
+                return
+
+    def _watch(self) -> None:
+        reader, store = ThreadPoolExecutor(1), distributed.own_store()
+        before: dict[int, _Sign] | None = {}
+        asked = False
+        while not self._over.wait(self._interval):
+            waited = time.monotonic() - self._since
+            if waited < self._seconds / 2:
+                asked = False
+            elif not asked:
+                before, asked = self._signs(reader, store), True
+            elif waited >= self._seconds:
+                now = self._signs(reader, store)
+                if now and before and any(now[rank].touches > before[rank].touches for rank in now):
+                    self._since, asked = time.monotonic(), False  # another rank is at work, and this one waits for it
+                else:
+                    self._end(_sentence(now, before, waited, self._folder))
+
+    def _signs(self, reader: ThreadPoolExecutor, store) -> dict[int, _Sign] | None:
+        """Every rank's last sign; None where the store does not answer."""
+        if store is None:
+            return {}
+        keys = [_KEY.format(rank) for rank in range(distributed.world_size())]
+        try:
+            found = reader.submit(store.multi_get, keys).result(timeout=max(1.0, self._interval))
+        except (TookTooLongError, RuntimeError):
+            return None
+        return {rank: _Sign(*json.loads(value)) for rank, value in enumerate(found)}
+
+    def _end(self, sentence: str) -> None:
+        """Leave, from this thread: the main one may never come back."""
+        if self._over.is_set():
+            return
+        print(f"mlalign: error: rank {distributed.rank()}: {sentence}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        try:
+            self._folder.mkdir(exist_ok=True)
+            with (self._folder / f"rank-{distributed.rank()}.txt").open("w") as file:
+                file.write(sentence + "\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError:  # the file system may be what everything waits for
+            pass
+        time.sleep(2)  # the first to leave has its launcher end the others, and they have something to say as well
+        os._exit(_EXIT_CODE)
+
+
+def _sentence(now: dict[int, _Sign] | None, before: dict[int, _Sign] | None, waited: float, folder: Path) -> str:
+    """What holds the job up, from two readings of all ranks' signs."""
+    start = f"no progress on any rank for {waited:.0f} s"
+    end = f"the ranks' stacks are in {folder}"
+    if now is None:
+        return f"{start}: rank 0 does not answer, through which the ranks tell where they are; {end}"
+    silent = [rank for rank in now if before and now[rank].beat == before[rank].beat]
+    if silent:
+        told = ", ".join(f"rank {rank} ({now[rank].place}), last heard of in {now[rank]}" for rank in silent[:8])
+        return f"{start}: no sign of life from {told}; {end}"
+    last = min(now.values(), key=lambda sign: sign.marks, default=None)
+    behind = [rank for rank in now if now[rank].marks == last.marks]
+    if last is None or len(behind) == len(now):
+        return f"{start}: all are alive, in {last}; {end}" if last else f"{start}; {end}"
+    told = ", ".join(f"rank {rank} ({now[rank].place})" for rank in behind[:8])
+    return f"{start}: all are alive, and behind the others is {told}, in {last}; {end}"
