@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from yaml import YAMLError
 
 from mlalign.errors import UserError
+from mlalign.hostile import redacted, refuse_bomb, refuse_secrets
 
 
 class Source(BaseModel, extra="forbid"):
@@ -210,12 +211,19 @@ def load(path: str | Path, overrides: list[str] = []) -> Config:  # noqa: B006 (
 
     Raises UserError, naming the key, for a missing or broken file, an unknown key, a wrong type or a contradiction.
     """
-    path = Path(path)
+    try:
+        return _load(Path(path), overrides)
+    except UserError as error:
+        raise UserError(redacted(str(error))) from error
+
+
+def _load(path: Path, overrides: list[str]) -> Config:
     if not path.is_file():
         raise UserError(f"config {path} does not exist or is no file")
     try:
+        refuse_bomb(path)
         raw = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
         raise UserError(f"config {path} is not valid YAML: {_one_line(error)}") from error
     if not OmegaConf.is_dict(raw):
         raise UserError(f"config {path} must hold `key: value` lines")
@@ -229,6 +237,7 @@ def load(path: str | Path, overrides: list[str] = []) -> Config:  # noqa: B006 (
             raise UserError(f"override {override!r} cannot be applied: {_one_line(error)}") from error
     try:
         values = OmegaConf.to_container(raw, resolve=True)
+        refuse_secrets(_flatten(values), f"config {path}")
         return Config.model_validate(values)
     except OmegaConfBaseException as error:
         raise UserError(f"config {path}: {_one_line(error)}") from error

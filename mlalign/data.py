@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from mlalign.config import Source
 from mlalign.errors import UserError
 from mlalign.examples import Counts, Pair, TaskExample
+from mlalign.hostile import checked_name
 from mlalign.loss import IGNORED
 from mlalign.rows import Row, read_rows
 
@@ -80,7 +81,8 @@ def load_task(
     def render(row: Row, where: str, source: Source) -> _Rendered:
         text, spans, masked = _render_task(row, where, tokenizer)
         language = row.get("lang") or source.language or UNKNOWN
-        return _Rendered(text, [edge for span in spans for edge in span], masked, str(language))
+        language = checked_name(str(language), where)
+        return _Rendered(text, [edge for span in spans for edge in span], masked, language)
 
     rendered = (render(*each) for each in _rows(sources, TASK_FIELDS))
     for row, encode in _encoded(rendered, lambda row: [row.text, *(row.text[:edge] for edge in row.edges)], tokenizer):
@@ -258,7 +260,7 @@ def _render_messages(
     def render(turns: list[dict], **kwargs) -> str:
         try:
             return tokenizer.apply_chat_template(turns, tokenize=False, **kwargs) if turns else ""
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
+        except (TemplateError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
             raise UserError(f"{where}: the chat template refuses these messages: {error}") from error
 
     try:
@@ -348,4 +350,5 @@ def bitext_fields(row: Row, where: str) -> tuple[str, str, tuple[str, str]]:
                 f"{where}: no text in field {name!r}: a bitext row needs src, tgt, src_lang and tgt_lang "
                 f"(found {', '.join(map(repr, row)) or 'nothing'}; `columns` renames)"
             )
-    return row["src"], row["tgt"], (row["src_lang"], row["tgt_lang"])
+    languages = checked_name(row["src_lang"], where), checked_name(row["tgt_lang"], where)
+    return row["src"], row["tgt"], languages

@@ -14,6 +14,7 @@ from pathlib import Path
 from mlalign.config import Source
 from mlalign.data import bitext_fields
 from mlalign.errors import UserError
+from mlalign.hostile import checked_name
 from mlalign.rows import Row, is_local, read_rows
 
 MIN_SENTENCES = 5  #: a margin looks at four neighbours beside the sentence itself
@@ -191,7 +192,7 @@ def _language_column(row: Row, where: str) -> str:
         return f"{row['iso_639_3']}_{row['iso_15924']}"
     for name in ("lang", "language"):
         if isinstance(row.get(name), str):
-            return row[name]
+            return checked_name(row[name], where)
     raise UserError(
         f"{where}: no column lang, language, or iso_639_3 and iso_15924 (found {', '.join(map(repr, row))})"
     )

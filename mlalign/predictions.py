@@ -14,6 +14,7 @@ import numpy as np
 
 from mlalign.config import Source
 from mlalign.errors import UserError
+from mlalign.hostile import checked_name
 from mlalign.rows import read_rows
 from mlalign.rundir import write_whole
 
@@ -80,6 +81,8 @@ def read_evaluation(folder: Path) -> dict:
         evaluation = json.loads(path.read_text())
         if not (isinstance(evaluation["task"], str) and isinstance(evaluation["rows"], dict)):
             raise KeyError("task, rows")
+        for language in evaluation["rows"]:
+            checked_name(language, str(path))
     except FileNotFoundError as error:
         raise UserError(f"{folder} holds no evaluation.json: name a directory that `mlalign evaluate` wrote") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

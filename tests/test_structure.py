@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "mlalign"
 LAYERS = [
     {"errors", "loss", "pooling", "retrieval", "plots", "languages", "demo_data", "demo_base"}
     | {"tasks.prompts", "sifting", "corpora", "jobs", "kernels", "prefetch", "durable"},
-    {"launchers"},
+    {"launchers", "hostile"},
     {"config", "distributed", "tasks", "tasks.slot_filling", "tasks.translation", "scoring"},
     {
         "tracker",

@@ -1,0 +1,75 @@
+"""What files from elsewhere may hold that is meant for nobody: secrets, bombs, names that lead out of a directory."""
+
+import os
+import re
+from pathlib import Path
+
+import yaml
+
+from mlalign.errors import UserError
+
+_MOST_NODES = 100_000  #: that a config expands to
+
+_SECRET = re.compile(
+    r"hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[0-9A-Z]{16}"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?<=[?&])(?:token|key|sig|password|secret|X-Amz-Signature)=[^&\s]+",
+    re.IGNORECASE,
+)
+_NAMES_OF_SECRETS = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+_SHORTEST = 8  #: characters of an environment variable's value that can be looked for
+
+
+def redacted(text: str) -> str:
+    """The text, with `***` for what looks like a secret."""
+    for value in _secret_values():
+        text = text.replace(value, "***")
+    return _SECRET.sub("***", text)
+
+
+def refuse_secrets(values: dict[str, object], where: str) -> None:
+    """Raise UserError, naming the key and not the value, where a value holds what looks like a secret."""
+    for key, value in values.items():
+        if redacted(str(value)) != str(value) or redacted(key) != key:
+            raise UserError(
+                f"{where}: {redacted(key)} holds what looks like a token or password, and configs are kept and shown: "
+                "leave it out, and set HF_TOKEN or the like in the environment"
+            )
+
+
+def _secret_values() -> list[str]:
+    """Values of this process's environment that are secrets by their names."""
+    named = (value for name, value in os.environ.items() if _NAMES_OF_SECRETS.search(name))
+    return [value for value in named if len(value) >= _SHORTEST and not os.path.exists(value)]
+
+
+def refuse_bomb(path: Path) -> None:
+    """Raise UserError for YAML whose aliases expand to more than memory holds. Raises what PyYAML and reading raise."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in sizes:
+            return sizes[id(node)]
+        sizes[id(node)] = _MOST_NODES + 1  # of a node within itself
+        children = node.value if isinstance(node, yaml.SequenceNode) else []
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        sizes[id(node)] = 1 + sum(map(size, children))
+        return sizes[id(node)]
+
+    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    try:
+        nodes = 0 if root is None else size(root)
+    except RecursionError:
+        nodes = _MOST_NODES + 1
+    if nodes > _MOST_NODES:
+        raise UserError(f"config {path} expands to more than {_MOST_NODES:,} values: write it without so many aliases")
+
+
+def checked_name(name: str, where: str) -> str:
+    """A language's name as it stands. Raises UserError for one that is no part of a file's name, or is not to be shown.
+
+    Languages name files of results, lines of reports and curves.
+    """
+    if not name or len(name) > 100 or name.startswith(".") or not name.isprintable() or set(name) & set("/\\"):
+        raise UserError(f"{where}: {name[:100]!r} cannot be a language's name: use a code such as de or deu_Latn")
+    return name
