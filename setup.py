@@ -29,6 +29,7 @@ setup(
         "tensorboard>=2.21,<3",
         "pydantic>=2.14,<3",
         "omegaconf>=2.4,<2.5",
+        "pyyaml>=6.0.2,<7",
         "typer>=0.29,<0.30",
         "rich>=15,<16",
         "matplotlib>=3.11,<4",
@@ -45,7 +46,13 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.8"],
         "benchmarks": ["trl>=1.16,<1.17", "sentence-transformers>=6.2,<6.3"],  # what benchmarks/peers.py compares with
-        "dev": ["openmpi>=5.0.11,<6", "pytest>=9,<10", "pytest-timeout>=2.4,<3", "ruff>=0.17,<0.18"],
+        "dev": [
+            "hypothesis>=6.170,<7",
+            "openmpi>=5.0.11,<6",
+            "pytest>=9,<10",
+            "pytest-timeout>=2.4,<3",
+            "ruff>=0.17,<0.18",
+        ],
     },
     entry_points={"console_scripts": ["mlalign=mlalign.__main__:main"]},
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from mlalign.config import Config
-from mlalign.distributed import gather_objects, gather_rows, is_main, on_main, rank, world_size
+from mlalign.distributed import device, gather_objects, gather_rows, is_main, on_main, rank, world_size
 from mlalign.errors import UserError
 from mlalign.examples import Pair, TaskExample
 from mlalign.rundir import write_whole
@@ -65,6 +66,30 @@ def refuse_many_skipped(in_a_row: int, most: int, step: int, run_dir: Path) -> N
             f"the last {in_a_row} steps up to {step} gave a loss or gradient that is no number: try a lower "
             f"optimizer.lr or a longer warmup, and look at {run_dir / 'skipped'}; {run_dir / 'checkpoints'} holds what "
             "was saved before"
+        )
+
+
+def refuse_unlike(values: dict[str, object]) -> None:
+    """Raise UserError where something that all ranks must have alike is not rank 0's on some rank. Called by all."""
+    every = gather_objects((socket.gethostname(), values))
+    (first_host, first), *others = every
+    for number, (host, own) in enumerate(others, 1):
+        for name in first:
+            if own[name] != first[name]:
+                raise UserError(
+                    f"{name}: {own[name]} on rank {number} (host {host}), but {first[name]} on rank 0 (host "
+                    f"{first_host}): are the files the same on all hosts?"
+                )
+
+
+def refuse_other_rows(digest: int, step: int) -> None:
+    """Raise UserError where a rank's batches held other rows than rank 0's up to here: `digest` stands for them."""
+    every = gather_rows(torch.tensor([digest], device=device()))
+    differing = (every != every[0]).nonzero()
+    if len(differing):
+        raise UserError(
+            f"rank {differing[0].item()} has read other rows than rank 0 by step {step}: a source is not the same on "
+            "all hosts, or a stream ended early on one"
         )
 
 

@@ -5,6 +5,8 @@ where they stand after the step that was taken last, whatever was made ahead.
 """
 
 import math
+import zlib
+from array import array
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -35,6 +37,7 @@ class _Made(NamedTuple):
 
     batches: list[Batch]
     orders: dict[str, dict[str, int]]
+    digest: int  #: of all rows up to here
 
 
 class Loader:
@@ -48,13 +51,14 @@ class Loader:
         self._next, self._end = first, end
         self._zero3 = read_deepspeed(config.deepspeed)["zero_optimization"]["stage"] == 3
         self._state = {objective: order.state() for objective, order in orders.items()}
+        self.digest = self._made = 0  #: of the rows in the batches that were taken: the same on all ranks; or made
         self._thread = ThreadPoolExecutor(1)
         self._ahead: Future[_Made] | None = None
 
     def take(self) -> list[Batch]:
         """The batches of the next step, task first. Raises UserError for rows that are no good."""
         made = (self._ahead or self._thread.submit(self._make, self._next)).result()
-        self._state = made.orders
+        self._state, self.digest = made.orders, made.digest
         self._next += 1
         self._ahead = self._thread.submit(self._make, self._next) if self._next < self._end else None
         return made.batches
@@ -71,18 +75,25 @@ class Loader:
         weight = self._config.alignment.weight if self._config.alignment else 0.0
         make = {"task": self._task_batch, "alignment": self._alignment_batch}
         batches = [make[batch.objective](batch) for batch in schedule.batches(self._config.interleave, weight, step)]
-        return _Made(batches, {objective: order.state() for objective, order in self._orders.items()})
+        return _Made(batches, {objective: order.state() for objective, order in self._orders.items()}, self._made)
+
+    def _take(self, objective: str, count: int) -> list:
+        rows = self._orders[objective].take(count)
+        for row in rows:
+            for ids in (row.ids,) if objective == "task" else (row.src, row.tgt):
+                self._made = zlib.crc32(array("q", ids), self._made)
+        return rows
 
     def _task_batch(self, batch: schedule.Batch) -> Batch:
         settings = self._config.task
-        rows: list[TaskExample] = self._orders["task"].take(batch.count * settings.batch_size)
+        rows: list[TaskExample] = self._take("task", batch.count * settings.batch_size)
         micro_batches = slices(rows, settings.micro_batch_size, distributed.world_size())
         passes = [collate_task(shares[distributed.rank()], self._pad) for shares in micro_batches]
         return Batch("task", batch.weight, passes, sum(row.learned for row in rows), *_count(passes), micro_batches)
 
     def _alignment_batch(self, batch: schedule.Batch) -> Batch:
         settings = self._config.alignment
-        pairs: list[Pair] = self._orders["alignment"].take(settings.batch_size)
+        pairs: list[Pair] = self._take("alignment", settings.batch_size)
         chunks, micro_batches = [], slices(pairs, settings.micro_batch_size, distributed.world_size())
         for shares in micro_batches:
             own = shares[distributed.rank()]

@@ -22,6 +22,7 @@ _FORMATS = {
     "memory_gib": ".2f",
     "grad_norm": ".3f",
     "skipped_steps": ",",
+    "epoch": ".2f",
 }
 
 

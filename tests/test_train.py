@@ -127,39 +127,6 @@ def test_full_fine_tuning_exports_a_model_that_transformers_loads(tmp_path, reci
     assert sum(p.numel() for p in model.parameters()) > 10_000
 
 
-@pytest.mark.parametrize(("stage", "adapters"), [(2, "lora"), (3, "full")])
-def test_a_killed_run_resumes_bit_for_bit_with_dropout(tmp_path, recipe, stage, adapters):
-    recipe |= {
-        "checkpoint_every": 5,
-        "deepspeed": f"ds_configs/zero{stage}.json",
-        "evaluation": {"every": 10, "patience": 0},
-    }
-    recipe["optimizer"] |= {"steps": 30, "lr": 1e-3}
-    recipe["lora"] = {"dropout": 0.1} if adapters == "lora" else None
-    recipe["async_checkpoint"] = adapters == "full"
-    straight, broken = recipe | {"run_dir": str(tmp_path / "a")}, recipe | {"run_dir": str(tmp_path / "b")}
-    run(TORCHRUN, straight, tmp_path / "a.yaml")
-
-    process = start(TORCHRUN, broken, tmp_path / "b.yaml")
-    log = tmp_path / "b" / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while not (log.exists() and '"step": 12,' in log.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    subprocess.run(
-        ["pkill", "-KILL", "-f", str(tmp_path / "b.yaml")], check=False
-    )  # torchrun's workers are sessions apart
-    process.communicate()
-    assert "resumed from" in run(TORCHRUN, broken, tmp_path / "b.yaml")
-
-    assert metrics(broken["run_dir"]) == metrics(straight["run_dir"])
-    name = "adapter/adapter_model.safetensors" if adapters == "lora" else "model/model.safetensors"
-    a, b = (load_file(tmp_path / run_dir / name) for run_dir in "ab")
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a)
-
-
 def test_a_signal_saves_and_the_resumed_run_logs_what_an_undisturbed_one_does(tmp_path, recipe):
     """Losses are logged every 4 steps as means, so that a stop falls between two log steps."""
     recipe |= {"checkpoint_every": 1000, "evaluation": {"every": 6}, "log_every": 4}

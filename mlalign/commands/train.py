@@ -19,7 +19,14 @@ from mlalign.config import Config, offloads_optimizer, read_deepspeed
 from mlalign.dataset import Dataset, load_dataset
 from mlalign.errors import UserError
 from mlalign.evaluation import evaluate, to_device
-from mlalign.guards import memory_said, refuse_diverged, refuse_many_skipped, tell_of_skipped
+from mlalign.guards import (
+    memory_said,
+    refuse_diverged,
+    refuse_many_skipped,
+    refuse_other_rows,
+    refuse_unlike,
+    tell_of_skipped,
+)
 from mlalign.loader import Batch, Loader
 from mlalign.objectives import (
     BitextChunk,
@@ -31,7 +38,7 @@ from mlalign.objectives import (
     task_backward,
 )
 from mlalign.packing import choose_pad
-from mlalign.rundir import held, open_run, write_whole
+from mlalign.rundir import digest, held, open_run, write_whole
 from mlalign.tracker import Meter, Tracker, say
 from mlalign.watchdog import Watchdog
 
@@ -95,6 +102,7 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
         write_whole(run_dir / "deepspeed.json", json.dumps(engine_config, indent=2) + "\n")
     engine = _make_engine(config, engine_config, layer)
     steps = schedule.total_steps(config, dataset.epoch_rows)
+    refuse_unlike(_common(config, engine_config, dataset, steps))
     lr_factor = schedule.lr_factor(config, steps)
     pad = choose_pad(engine, config.model, tokenizer)
     say(_describe(engine, config, layer, steps, packed=pad is None))
@@ -160,8 +168,10 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
                 limit = config.optimizer.max_skipped_steps
                 refuse_many_skipped(progress.skipped_in_a_row, limit, progress.step, run_dir)
             if log_now:
+                refuse_other_rows(loader.digest, progress.step)
                 refuse_diverged(engine.module.lm, progress.step, run_dir)
-                tracker.log(progress.step, meter.read() | {"train/lr": lr} | _step_values(progress, grad_norm))
+                values = {"train/lr": lr, "train/epoch": _epochs(loader, dataset)}
+                tracker.log(progress.step, meter.read() | values | _step_values(progress, grad_norm))
     tracker.close()
     if any(section and section.streaming for section in (config.task, config.alignment)):
         _say_counts(dataset)
@@ -235,6 +245,19 @@ def _optimizer_step(engine, lr: float, with_task: bool, measure: bool) -> float 
     engine.step()
     sharding.forget_modules(engine)
     return sharding.grad_norm(engine) if measure else None
+
+
+def _common(config: Config, engine_config: dict[str, Any], dataset: Dataset, steps: int) -> dict[str, object]:
+    """What all ranks must have read alike, before they wait for each other over it."""
+    counts = {f"rows of {name}": counts.rows for name, counts in dataset.counts.items()}
+    hashes = {"config": digest(config.model_dump(mode="json")), "DeepSpeed config": digest(engine_config)}
+    return counts | {"steps": steps} | {f"hash of the {name}": value for name, value in hashes.items()}
+
+
+def _epochs(loader: Loader, dataset: Dataset) -> float:
+    """Passes over the task rows so far, over the pairs where there is no task; whole ones of a stream."""
+    state = loader.state().get("task") or loader.state()["alignment"]
+    return state["epoch"] + (state["position"] / dataset.epoch_rows if dataset.epoch_rows else 0)
 
 
 def _step_values(progress: Progress, grad_norm: float) -> dict[str, float]:
