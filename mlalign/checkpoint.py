@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -61,7 +62,7 @@ class Saver:
     """
 
     def __init__(self, engine, run_dir: Path, in_background: bool, touch: Callable[[], None] = lambda: None) -> None:
-        """touch: called after each file that the run waits for."""
+        """touch: called after each file, to show that there is progress."""
         self._engine, self._run_dir = engine, run_dir
         self._touch = touch
         self._folder, self._partial = run_dir / "checkpoints", run_dir / "checkpoints" / "partial"
@@ -81,10 +82,10 @@ class Saver:
             if distributed.is_main():
                 shutil.rmtree(self._partial, ignore_errors=True)
                 (self._partial / name).mkdir(parents=True)
-        files = list(self._files(own)) if self._in_background else self._with_touch(self._files(own))
+        files = list(self._files(own)) if self._in_background else self._files(own)
         layout = {"world_size": distributed.world_size(), "zero_stage": self._engine.zero_optimization_stage()}
         state = {"step": step, "adam_steps": resharding.adam_steps(self._engine), **layout, **state}
-        written = self._thread.submit(_write_files, self._partial / name, files)
+        written = self._thread.submit(_write_files, self._partial / name, files, self._touch)
         self._pending = _Pending(step, name, state, keep, written)
         if not self._in_background:
             self.finish()
@@ -93,12 +94,8 @@ class Saver:
         rank = distributed.rank()
         yield f"rank-{rank}.safetensors", own
         for number, tensors in enumerate(resharding.parts(self._engine)):
-            yield f"trained-{rank}-{number}.safetensors", tensors
-
-    def _with_touch(self, files: Files) -> Files:
-        for each in files:
-            yield each
             self._touch()
+            yield f"trained-{rank}-{number}.safetensors", tensors
 
     def poll(self) -> None:
         """Give a checkpoint its name as soon as every rank has written its part. Called by all ranks."""
@@ -129,7 +126,7 @@ class Saver:
         (self._partial / name).rename(folder / name)
         sync_folder(folder)
         shutil.rmtree(old, ignore_errors=True)
-        self._partial.rmdir()
+        shutil.rmtree(self._partial, ignore_errors=True)
         write_whole(folder / "latest", name)
         jobs.say_progress(f"{self._run_dir}: step {pending.step}")
         names = _names(folder)
@@ -138,14 +135,15 @@ class Saver:
             shutil.rmtree(folder / gone, ignore_errors=True)
 
 
-def _write_files(folder: Path, files: Files) -> _Written:
+def _write_files(folder: Path, files: Files, touch: Callable[[], None]) -> _Written:
     """Write this rank's files. A failure is told and not raised: the other ranks are to hear of it too."""
     sha256: dict[str, str] = {}
     try:
         for name, tensors in files:
             content = safetensors.torch.save(tensors)
             sha256[name] = write_hashed(folder / name, lambda file, content=content: file.write(content))
-    except (OSError, RuntimeError) as error:
+            touch()
+    except Exception as error:
         return _Written(sha256, str(error))
     return _Written(sha256, None)
 
@@ -251,8 +249,8 @@ def load(engine, run_dir: Path, name: str) -> dict[str, Any]:
         raise UserError(
             f"{folder} was written by another version of mlalign: go on with that, or choose another run_dir"
         )
-    files = [folder / each for each in state["files"] if each.startswith("trained-")]
-    resharding.restore(engine, files, state["adam_steps"])
+    names = [each for each in state["files"] if each.startswith("trained-")]
+    resharding.restore(engine, folder, names, state["adam_steps"])
     return state
 
 
@@ -261,24 +259,26 @@ def load_own(run_dir: Path, name: str, rank: int) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(run_dir / "checkpoints" / name / f"rank-{rank}.safetensors")
 
 
-def export(engine, tokenizer, run_dir: Path, training: dict[str, list[str]]) -> Path:
+def export(
+    engine, tokenizer, run_dir: Path, training: dict[str, list[str]], touch: Callable[[], None] = lambda: None
+) -> Path:
     """Write the adapter (peft's format) or the whole model (transformers' format), and the tokenizer. All ranks.
 
     `training` goes beside them as mlalign.json: the languages that were `supervised` and `aligned`, for reports.
 
     Adapters are written from the fp32 master weights (under ZeRO-0 with bf16 from the bf16 weights), whole models in
-    the precision of training.
+    the precision of training. `touch` is called while there is progress.
     """
     lm = engine.module.lm
     adapter = isinstance(lm, PeftModel)
-    weights = _gathered(lm, trainable_only=adapter)
+    weights = _gathered(lm, trainable_only=adapter, touch=touch)
     target = run_dir / ("adapter" if adapter else "model")
     if distributed.is_main():
         if not adapter:
             weights = {name: weight.to(lm.dtype) for name, weight in weights.items()}
         aside, old = target.with_suffix(".partial"), target.with_suffix(".old")
         shutil.rmtree(aside, ignore_errors=True)
-        with _said_in_one_sentence(aside):
+        with _said_in_one_sentence(aside), _touching_while_it_grows(aside, touch):
             lm.save_pretrained(str(aside), state_dict=weights)
             tokenizer.save_pretrained(str(aside))
             (aside / "mlalign.json").write_text(json.dumps(training) + "\n")
@@ -291,7 +291,27 @@ def export(engine, tokenizer, run_dir: Path, training: dict[str, list[str]]) -> 
     return target
 
 
-def _gathered(lm: nn.Module, trainable_only: bool) -> dict[str, torch.Tensor]:
+@contextmanager
+def _touching_while_it_grows(folder: Path, touch: Callable[[], None]) -> Iterator[None]:
+    """Look at a folder from a thread while the body fills it."""
+    over = Event()
+
+    def look() -> None:
+        before = 0
+        while not over.wait(2):
+            size = sum(path.stat().st_size for path in folder.glob("*"))
+            if size > before:
+                touch()
+            before = size
+
+    Thread(target=look, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _gathered(lm: nn.Module, trainable_only: bool, touch: Callable[[], None] = lambda: None) -> dict[str, torch.Tensor]:
     """Whole fp32 weights on the CPU of rank 0 (empty elsewhere), one parameter at a time. Called by all ranks."""
     from deepspeed.runtime.zero import GatheredParameters
 
@@ -299,6 +319,7 @@ def _gathered(lm: nn.Module, trainable_only: bool) -> dict[str, torch.Tensor]:
     for name, parameter in lm.named_parameters():
         if trainable_only and not parameter.requires_grad:
             continue
+        touch()
         whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
         if whole is None:  # ZeRO-0 gives no access to its masters, and frozen weights have none
             with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):

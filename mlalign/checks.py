@@ -22,9 +22,10 @@ from packaging.requirements import Requirement
 from transformers.utils import is_flash_attn_2_available
 
 from mlalign import distributed, kernels, launchers, model
-from mlalign.config import Config, offloads_optimizer, read_deepspeed
+from mlalign.config import Config
 from mlalign.errors import UserError
 from mlalign.rows import is_local
+from mlalign.zero import offloads_optimizer, read_deepspeed
 
 GIB = 2**30
 _LITTLE_DISK = 10 * GIB

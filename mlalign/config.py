@@ -1,8 +1,7 @@
 """The whole configuration: one typed schema, read from YAML, overridden on the command line as `a.b=c`.
 
 `load("recipe.yaml", ["optimizer.lr=1e-4"])` returns a validated `Config` or raises a `UserError` that names the key.
-The DeepSpeed file named by `deepspeed:` holds ZeRO and communication keys only; `read_deepspeed` refuses anything
-that this schema governs, so that a batch size, a precision or a clipping value stands in exactly one place.
+What the file named by `deepspeed:` may hold, `zero` says.
 """
 
 import difflib
@@ -196,9 +195,14 @@ class Config(BaseModel, extra="forbid"):
                     "that leaves a micro-batch of one pair, which has no local negatives"
                 )
 
+    def without_paths(self) -> dict[str, Any]:
+        """Dotted keys and values that all hosts must have alike: paths may differ between them."""
+        values = flatten(self.model_dump(mode="json", exclude={"run_dir", "deepspeed"}))
+        return {key: _without_paths(value) for key, value in values.items() if key != "model.path"}
+
     def differences(self, other: "Config") -> list[str]:
         """Dotted keys whose values differ, apart from those that do not change the result."""
-        mine, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
+        mine, theirs = flatten(self.model_dump(mode="json")), flatten(other.model_dump(mode="json"))
         ignored = {"run_dir", "log_every", "checkpoint_every", "async_checkpoint", "stuck_after", "deepspeed"}
         ignored |= {"model.gradient_checkpointing", "task.micro_batch_size"}
         if not self.alignment or self.alignment.negatives == "global":
@@ -237,7 +241,7 @@ def _load(path: Path, overrides: list[str]) -> Config:
             raise UserError(f"override {override!r} cannot be applied: {_one_line(error)}") from error
     try:
         values = OmegaConf.to_container(raw, resolve=True)
-        refuse_secrets(_flatten(values), f"config {path}")
+        refuse_secrets(flatten(values), f"config {path}")
         return Config.model_validate(values)
     except OmegaConfBaseException as error:
         raise UserError(f"config {path}: {_one_line(error)}") from error
@@ -248,91 +252,6 @@ def _load(path: Path, overrides: list[str]) -> Config:
 def dump(config: Config) -> str:
     """Every key, defaults included, as YAML that `load` reads back."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
-
-
-#: DeepSpeed keys that say how to shard and communicate; everything else belongs to `Config`.
-_DEEPSPEED_KEYS = {
-    "zero_optimization",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "comms_logger",
-    "aio",
-}
-_GOVERNED = {
-    "train_batch_size": "task.batch_size",
-    "train_micro_batch_size_per_gpu": "task.micro_batch_size",
-    "gradient_accumulation_steps": "task.batch_size and task.micro_batch_size",
-    "gradient_clipping": "optimizer.clip",
-    "fp16": "model.precision",
-    "bf16": "model.precision",
-    "optimizer": "optimizer",
-    "scheduler": "optimizer.schedule",
-}
-
-
-def read_deepspeed(name: str | None) -> dict[str, Any]:
-    """The ZeRO and communication keys of a DeepSpeed JSON file; ZeRO-0 for None.
-
-    A relative path is looked up from the working directory, then among the files shipped with mlalign.
-    Raises UserError for a key that `Config` governs, an unknown key, or the value "auto".
-    """
-    if name is None:
-        return {"zero_optimization": {"stage": 0}}
-    package = Path(__file__).parent
-    places = [Path(name), package.parent / name, package / name]
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        shipped = sorted(p.name for folder in (package.parent, package) for p in (folder / "ds_configs").glob("*.json"))
-        raise UserError(f"deepspeed: {name} does not exist; shipped in ds_configs/: {', '.join(shipped)}")
-    try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"deepspeed: {path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"deepspeed: {path} must hold one JSON object")
-    for key in values:
-        if key in _GOVERNED:
-            raise UserError(f"deepspeed: {path} sets {key}, which belongs into the config as {_GOVERNED[key]}")
-        if key not in _DEEPSPEED_KEYS:
-            raise UserError(
-                f"deepspeed: {path} has the key {key}{_suggest(key, _DEEPSPEED_KEYS)}; only "
-                "ZeRO and communication keys belong there"
-            )
-    settings = values.get("zero_optimization")
-    if not isinstance(settings, dict) or settings.get("stage") not in (0, 1, 2, 3):
-        raise UserError(f"deepspeed: {path} must set zero_optimization.stage to 0, 1, 2 or 3")
-    if settings.get("overlap_comm") and settings["stage"] < 2:
-        raise UserError(f"deepspeed: {path} sets overlap_comm, which needs ZeRO stage 2 or 3 here")
-    if settings.get("offload_optimizer") and settings["stage"] == 0:
-        raise UserError(f"deepspeed: {path} offloads the optimizer, which needs ZeRO stage 1, 2 or 3")
-    if settings.get("compute_grad_norm") is False:
-        raise UserError(f"deepspeed: {path} sets compute_grad_norm to false, but clipping and the log need the norm")
-    automatic = [key for key, value in _flatten(values).items() if value == "auto"]
-    if automatic:
-        raise UserError(f'deepspeed: {path} sets {automatic[0]} to "auto": write the value, or leave the key out')
-    _check_zero(settings, path)
-    if (settings.get("offload_optimizer") or {}).get("device") == "nvme":
-        raise UserError(f"deepspeed: {path} offloads the optimizer to nvme, which no checkpoint could hold: use cpu")
-    return values
-
-
-def offloads_optimizer(deepspeed: dict[str, Any]) -> bool:
-    """Whether the ZeRO section of a DeepSpeed config puts the optimizer on the CPU or on disk."""
-    return (deepspeed["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
-
-
-def _check_zero(settings: dict[str, Any], path: Path) -> None:
-    """DeepSpeed's own check of the ZeRO section, before the weights are loaded and not after."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # here: it takes a second
-
-    try:
-        DeepSpeedZeroConfig(**settings)
-    except ValidationError as error:
-        item = error.errors()[0]
-        key = ".".join(str(part) for part in ("zero_optimization", *item["loc"]))
-        close = _suggest(str(item["loc"][-1]), set(DeepSpeedZeroConfig.model_fields))
-        raise UserError(f"deepspeed: {path}: {key}: {item['msg'].lower()}{close}") from error
 
 
 _ALTERNATIVE = re.compile(r"bool|int|str|literal\[.*\]|list\[.*\]")
@@ -359,7 +278,7 @@ def _message(item: dict) -> str:
 def _explain_one(item: dict) -> str:
     key = _key(item)
     if item["type"] == "extra_forbidden":
-        return f"unknown key {key}{_suggest(key.split('.')[-1], _siblings(item['loc']))}"
+        return f"unknown key {key}{suggest(key.split('.')[-1], _siblings(item['loc']))}"
     if item["type"] == "missing":
         return f"{key} is missing"
     if not key:
@@ -385,17 +304,26 @@ def _nested_model(annotation: Any) -> type[BaseModel] | None:
     return next((model for model in inner if model), None)
 
 
-def _suggest(key: str, known: set[str]) -> str:
+def suggest(key: str, known: set[str]) -> str:
+    """` (did you mean X?)` where a known key is like this one, else nothing."""
     close = difflib.get_close_matches(key, known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, by dotted keys."""
     if not isinstance(values, dict):
         return {prefix: values}
     return {
-        k: v for key, value in values.items() for k, v in _flatten(value, f"{prefix}.{key}" if prefix else key).items()
+        k: v for key, value in values.items() for k, v in flatten(value, f"{prefix}.{key}" if prefix else key).items()
     }
+
+
+def _without_paths(value: Any) -> Any:
+    """Sources, which are lists, without where they lie."""
+    if not isinstance(value, list):
+        return value
+    return [{k: v for k, v in item.items() if k != "path"} if isinstance(item, dict) else item for item in value]
 
 
 def _one_line(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """What a run learns from: the configured sources as global orders for training and lists for dev."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +24,7 @@ class Dataset:
     counts: dict[str, Counts] = field(default_factory=dict)  #: by config key; a stream's grow while it is read
     task_dev: Sequence[TaskExample] = ()
     bitext_dev: Sequence[Pair] = ()
+    tick: Callable[[], None] = lambda: None  #: called while a stream is read
     epoch_rows: int = 0  #: training rows of the task, of the bitext where there is no task; 0 = unknown (a stream)
 
     @property
@@ -58,7 +59,11 @@ def _add_order(
     if section.streaming:
         counts = dataset.counts[f"{name}.train"] = Counts()
         load = _LOADERS[name]
-        epoch = streamed(lambda: load(section.train, tokenizer, section.max_length, counts), section.batch_size, seed)
+
+        def read() -> Iterator:
+            return load(section.train, tokenizer, section.max_length, counts)
+
+        epoch = streamed(read, section.batch_size, seed, lambda: dataset.tick())
         dataset.orders[name] = GlobalOrder(epoch)
         return 0
     rows = _add_rows(dataset, name, "train", section, tokenizer, cached_as)

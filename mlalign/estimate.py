@@ -12,9 +12,10 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from mlalign import model, sharding
 from mlalign.activations import PaperModel, alignment_pass, on_paper, task_pass
-from mlalign.config import Config, read_deepspeed
+from mlalign.config import Config
 from mlalign.memory import Layout, Pass, checkpoint_size, model_states, phases
 from mlalign.workload import Workload
+from mlalign.zero import read_deepspeed
 
 GIB = 2**30
 SHIPPED = tuple(f"ds_configs/{n}.json" for n in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"))

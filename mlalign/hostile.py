@@ -11,12 +11,12 @@ from mlalign.errors import UserError
 _MOST_NODES = 100_000  #: that a config expands to
 
 _SECRET = re.compile(
-    r"hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[0-9A-Z]{16}"
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?<=[?&])(?:token|key|sig|password|secret|X-Amz-Signature)=[^&\s]+",
-    re.IGNORECASE,
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{30,}|sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}"
+    r"|github_pat_\w{30,}|AKIA[0-9A-Z]{16})"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?<=[?&])(?:token|api_key|sig|password|secret|X-Amz-Signature)=[^&\s]+"
 )
-_NAMES_OF_SECRETS = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
-_SHORTEST = 8  #: characters of an environment variable's value that can be looked for
+_NAMES_OF_SECRETS = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY)$", re.IGNORECASE)
+_SHORTEST = 16  #: characters of an environment variable's value that no path holds by chance
 
 
 def redacted(text: str) -> str:

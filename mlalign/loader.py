@@ -14,10 +14,11 @@ import torch
 
 from mlalign import distributed, schedule
 from mlalign.collate import collate_bitext, collate_task, pair_keys, pass_sizes
-from mlalign.config import Config, read_deepspeed
+from mlalign.config import Config
 from mlalign.examples import Pair, TaskExample
 from mlalign.objectives import BitextChunk
 from mlalign.sampler import GlobalOrder, slices
+from mlalign.zero import read_deepspeed
 
 
 class Batch(NamedTuple):

@@ -189,7 +189,7 @@ def _hub_rows(name: str, configuration: str, split: str) -> Iterator[tuple[str, 
 
 def _language_column(row: Row, where: str) -> str:
     if "iso_639_3" in row and "iso_15924" in row:
-        return f"{row['iso_639_3']}_{row['iso_15924']}"
+        return checked_name(f"{row['iso_639_3']}_{row['iso_15924']}", where)
     for name in ("lang", "language"):
         if isinstance(row.get(name), str):
             return checked_name(row[name], where)

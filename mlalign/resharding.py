@@ -1,7 +1,7 @@
 """What a run has trained, by parameter and place: any number of ranks and ZeRO stage reads what any other wrote.
 
     for tensors in parts(engine): ...     this rank's share, a GiB at a time, in host memory
-    restore(engine, files, steps)         from the files of all ranks, however many they were
+    restore(engine, folder, names, steps) from the files of all ranks, however many they were
 
 DeepSpeed lays trainable parameters out flat and cuts that into one partition a rank; its checkpoints hold the
 partitions, and fit the layout that wrote them. Here every piece of a parameter in a partition carries the parameter's
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from mlalign import distributed
@@ -91,9 +91,9 @@ def parts(engine) -> Iterator[dict[str, torch.Tensor]]:
         pieces = [_share(piece) for piece in pieces]
     part, size = {}, 0
     for piece in pieces:
-        state = engine.basic_optimizer.state[piece.master]
-        for what, tensor in {"master": piece.master, **{key: state[key] for key in _MOMENTS}}.items():
-            values = piece.of(tensor)
+        state = engine.basic_optimizer.state.get(piece.master, {})  # which Adam makes with its first update
+        for what in ("master", *_MOMENTS) if piece.count else ():
+            values = piece.of(piece.master if what == "master" else state.get(what, torch.zeros_like(piece.master)))
             if size + values.nbytes > _PART and part:
                 yield part
                 part, size = {}, 0
@@ -104,13 +104,13 @@ def parts(engine) -> Iterator[dict[str, torch.Tensor]]:
 
 def adam_steps(engine) -> int:
     """How often Adam has updated: its bias correction goes by it."""
-    return max((int(state["step"]) for state in engine.basic_optimizer.state.values()), default=0)
+    return max((int(state.get("step", 0)) for state in engine.basic_optimizer.state.values()), default=0)
 
 
-def restore(engine, files: list[Path], steps: int) -> None:
+def restore(engine, folder: Path, names: list[str], steps: int) -> None:
     """Put the trained parameters and their optimizer to what `parts` gave on all ranks. Called by all ranks.
 
-    Args: files: safetensors of those parts; steps: `adam_steps` then.
+    Args: names: of the safetensors of those parts, in `folder`; steps: `adam_steps` then.
     Raises UserError, on all ranks, where the files are of other parameters.
     """
     stage, wrapper, optimizer = engine.zero_optimization_stage(), engine.optimizer, engine.basic_optimizer
@@ -121,10 +121,13 @@ def restore(engine, files: list[Path], steps: int) -> None:
         optimizer.state[master] = {"step": _step_of(optimizer, master, steps)}
         optimizer.state[master] |= {key: torch.zeros_like(master, requires_grad=False) for key in _MOMENTS}
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.module.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        failure = _fill(optimizer, pieces, sizes, files)
-    for other in filter(None, distributed.gather_objects(failure)):
-        raise UserError(f"{files[0].parent} is of another model: {other}")
+    try:
+        with torch.no_grad():
+            failure = _fill(optimizer, pieces, sizes, [folder / name for name in names])
+    except (OSError, RuntimeError, SafetensorError) as error:
+        failure = f"cannot be read: {error}"
+    for sentence in filter(None, distributed.gather_objects(failure)):
+        raise UserError(f"checkpoint {folder} {sentence}")
 
     if stage == 3:
         for group in range(len(wrapper.fp32_partitioned_groups_flat)):
@@ -162,7 +165,8 @@ def _fill(
             saved[name] = max(saved.get(name, 0), int(offset) + count)
     for name in sizes | saved:
         if sizes.get(name) != saved.get(name):
-            return f"{name} has {sizes.get(name, 0)} elements in this one, and {saved.get(name, 0)} in that"
+            here, there = sizes.get(name, 0), saved.get(name, 0)
+            return f"is of another model: {name} has {here} elements in this one, and {there} in that"
     for piece in pieces:
         for what in ("master", *_MOMENTS):
             target = piece.of(piece.master if what == "master" else optimizer.state[piece.master][what])

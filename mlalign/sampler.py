@@ -88,9 +88,12 @@ def in_memory(
 
 
 def streamed(
-    read: Callable[[], Iterator[Example]], batch_size: int, seed: int
+    read: Callable[[], Iterator[Example]], batch_size: int, seed: int, tick: Callable[[], None] = lambda: None
 ) -> Callable[[int, int], Iterator[Example]]:
-    """Epochs over a stream, shuffled and grouped by length within windows: a function of (epoch, start)."""
+    """Epochs over a stream, shuffled and grouped by length within windows: a function of (epoch, start).
+
+    `tick` is called with each window: to start far into a stream, all before it is read.
+    """
 
     def epoch(number: int, start: int) -> Iterator[Example]:
         rng = np.random.default_rng([seed, number])
@@ -98,6 +101,7 @@ def streamed(
 
         def walk() -> Iterator[Example]:
             while window := list(islice(stream, _WINDOW * batch_size)):
+                tick()
                 order = rng.permutation(len(window))
                 lengths = np.array([len(window[index]) for index in order])
                 yield from (window[index] for index in _grouped(order, lengths, batch_size, rng))

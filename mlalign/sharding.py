@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from mlalign import distributed, kernels
-from mlalign.config import Config, Model, offloads_optimizer
+from mlalign.config import Config, Model
 from mlalign.errors import UserError
 from mlalign.model import AlignedModel, precision_dtype
 from mlalign.prefetch import keep_a_trace_per_pass
+from mlalign.zero import offloads_optimizer
 
 
 def engine_config(config: Config, zero: dict[str, Any]) -> dict[str, Any]:
@@ -78,6 +79,7 @@ def make_engine(model: AlignedModel, optimizer: torch.optim.Optimizer, deepspeed
     if plain:
         deepspeed_config = deepspeed_config | {"gradient_clipping": 0.0}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+    _forget_first_update(engine)
     model.fuse()
     keep_a_trace_per_pass(engine)
     if plain:
@@ -92,6 +94,16 @@ def make_engine(model: AlignedModel, optimizer: torch.optim.Optimizer, deepspeed
 
         optimizer.register_step_pre_hook(clip_and_keep)
     return engine
+
+
+def _forget_first_update(engine) -> None:
+    """Undo the update by which DeepSpeed makes Adam's state in bf16 without ZeRO: it decays, and counts as a step."""
+    if engine.zero_optimization_stage() > 0 or engine.optimizer is engine.basic_optimizer:
+        return
+    for parameters, masters in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups):
+        for parameter, master in zip(parameters, masters):
+            master.data.copy_(parameter.data)
+    engine.basic_optimizer.state.clear()
 
 
 def inference_config(settings: Model, zero: dict[str, Any]) -> dict[str, Any]:

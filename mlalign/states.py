@@ -16,7 +16,7 @@ from torch import nn
 
 from mlalign import __version__, distributed, jobs
 from mlalign.collate import collate_ids, pad_id
-from mlalign.config import Model, read_deepspeed
+from mlalign.config import Model
 from mlalign.data import encode_text
 from mlalign.errors import UserError
 from mlalign.model import (
@@ -32,6 +32,7 @@ from mlalign.pooling import POOLERS
 from mlalign.rundir import digest, files_of
 from mlalign.sharding import inference_config, inference_engine
 from mlalign.tracker import say
+from mlalign.zero import read_deepspeed
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlalign import distributed
+from mlalign.errors import UserError
 
 console = Console(stderr=False, highlight=False)
 
@@ -123,15 +124,21 @@ class Tracker:
             self._progress.update(self._task, completed=step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Record metrics after `step` optimizer steps."""
+        """Record metrics after `step` optimizer steps. Raises UserError where the disk does not take them."""
         if self._file is None:
             return
         seconds = round(time.monotonic() - self._start, 2)
-        self._file.write(json.dumps({"step": step, "seconds": seconds, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # what is on disk is not lost with the process, however it ends
+        try:
+            self._file.write(json.dumps({"step": step, "seconds": seconds, **values}) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()  # what is on disk is not lost with the process, however it ends
+        except OSError as error:
+            raise UserError(
+                f"{self._file.name} or tensorboard/ beside it cannot be written ({error.strerror}): make room, and the "
+                "same command goes on from the last checkpoint"
+            ) from error
         groups: dict[str, list[str]] = {}
         for name, value in values.items():
             group, _, short = name.partition("/")

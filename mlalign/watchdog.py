@@ -21,6 +21,8 @@ from mlalign import distributed
 
 _EXIT_CODE = 75
 _LONGEST_INTERVAL = 5.0  #: seconds between two signs of life
+_LONGEST_FAREWELL = 10.0  #: seconds for saying why
+_TRIES = 3  #: to reach the store
 _KEY = "mlalign/watchdog/{}"
 
 
@@ -83,48 +85,62 @@ class Watchdog:
 
     def _watch(self) -> None:
         reader, store = ThreadPoolExecutor(1), distributed.own_store()
-        before: dict[int, _Sign] | None = {}
-        asked = False
+        before: dict[int, _Sign] | None = None
+        awake = unanswered = 0
         while not self._over.wait(self._interval):
             waited = time.monotonic() - self._since
             if waited < self._seconds / 2:
-                asked = False
-            elif not asked:
-                before, asked = self._signs(reader, store), True
-            elif waited >= self._seconds:
-                now = self._signs(reader, store)
-                if now and before and any(now[rank].touches > before[rank].touches for rank in now):
-                    self._since, asked = time.monotonic(), False  # another rank is at work, and this one waits for it
-                else:
-                    self._end(_sentence(now, before, waited, self._folder))
+                awake = unanswered = 0
+                continue
+            awake += 1
+            if awake == 1:
+                before = self._signs(reader, store)
+            if waited < self._seconds or awake * self._interval < 0.4 * self._seconds:
+                continue  # it has not been long enough, or this process was stopped itself, and has just woken up
+            now = self._signs(reader, store)
+            if now is None and unanswered < _TRIES - 1:
+                unanswered += 1
+            elif now and before and any(now[rank].touches > before[rank].touches for rank in now):
+                self._since = time.monotonic()  # another rank is at work, and this one waits for it
+            else:
+                self._end(_sentence(now, before, waited, self._folder))
 
     def _signs(self, reader: ThreadPoolExecutor, store) -> dict[int, _Sign] | None:
         """Every rank's last sign; None where the store does not answer."""
         if store is None:
             return {}
-        keys = [_KEY.format(rank) for rank in range(distributed.world_size())]
         try:
-            found = reader.submit(store.multi_get, keys).result(timeout=max(1.0, self._interval))
+            return reader.submit(_read_signs, store).result(timeout=max(1.0, self._interval))
         except (TookTooLongError, RuntimeError):
             return None
-        return {rank: _Sign(*json.loads(value)) for rank, value in enumerate(found)}
 
     def _end(self, sentence: str) -> None:
         """Leave, from this thread: the main one may never come back."""
         if self._over.is_set():
             return
-        print(f"mlalign: error: rank {distributed.rank()}: {sentence}", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        last = threading.Timer(_LONGEST_FAREWELL, os._exit, (_EXIT_CODE,))  # all below may be what everything waits for
+        last.daemon = True
+        last.start()
         try:
+            print(f"mlalign: error: rank {distributed.rank()}: {sentence}", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
             self._folder.mkdir(exist_ok=True)
             with (self._folder / f"rank-{distributed.rank()}.txt").open("w") as file:
                 file.write(sentence + "\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-        except OSError:  # the file system may be what everything waits for
-            pass
-        time.sleep(2)  # the first to leave has its launcher end the others, and they have something to say as well
-        os._exit(_EXIT_CODE)
+            time.sleep(2)  # the first to leave has its launcher end the others, who have something to say as well
+        finally:
+            os._exit(_EXIT_CODE)
+
+
+def _read_signs(store) -> dict[int, _Sign]:
+    keys = [_KEY.format(rank) for rank in range(distributed.world_size())]
+    found = (
+        store.multi_get(keys) if store.check(keys) else [store.get(key) if store.check([key]) else None for key in keys]
+    )
+    silent = _Sign(0, 0, 0, "start", 0, "not heard of yet")
+    return {rank: _Sign(*json.loads(value)) if value else silent for rank, value in enumerate(found)}
 
 
 def _sentence(now: dict[int, _Sign] | None, before: dict[int, _Sign] | None, waited: float, folder: Path) -> str:

@@ -13,13 +13,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mlalign.collate import pass_sizes
-from mlalign.config import Alignment, Config, Source, Task, read_deepspeed
+from mlalign.config import Alignment, Config, Source, Task
 from mlalign.dataset import load_dataset
 from mlalign.errors import UserError
 from mlalign.examples import Pair, TaskExample
 from mlalign.rows import is_local, read_rows
 from mlalign.sampler import GlobalOrder, slices
 from mlalign.schedule import batches, total_steps
+from mlalign.zero import read_deepspeed
 
 _STREAMED = 50  #: batches that are read of a stream, the window in which it groups lengths
 

@@ -120,6 +120,29 @@ def test_a_full_disk_stops_all_ranks_with_one_sentence(ranks, settings, in_backg
         assert not partial
 
 
+def metrics_on_a_full_disk(values: dict) -> str:
+    from mlalign.tracker import Tracker
+
+    run_dir = Path(values["run_dir"])
+    run_dir.mkdir()
+    tracker = Tracker(run_dir, 0, 9)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tracker.log(1, {"train/loss": 1.0})
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((run_dir / "metrics.jsonl").stat().st_size, before[1]))
+    try:
+        tracker.log(2, {"train/loss": 2.0})
+    except UserError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return "nothing"
+
+
+def test_metrics_on_a_full_disk_are_one_sentence(ranks, settings):
+    (sentence,) = ranks(1).run(metrics_on_a_full_disk, settings)
+    assert "metrics.jsonl or tensorboard/ beside it cannot be written (File too large): make room" in sentence
+
+
 def test_the_optimizers_place_decides(settings):
     from mlalign.commands.train import _saves_in_background
 

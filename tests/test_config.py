@@ -8,8 +8,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from mlalign import config as config_module
-from mlalign.config import dump, load, read_deepspeed
+from mlalign.config import dump, load
 from mlalign.errors import UserError
+from mlalign.zero import read_deepspeed
 
 ROOT = Path(__file__).parent.parent
 

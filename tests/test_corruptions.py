@@ -10,7 +10,8 @@ import reference
 import torch
 from test_world_size import ADAM, relative_error, run_steps
 
-from mlalign.config import Config, read_deepspeed
+from mlalign.config import Config
+from mlalign.zero import read_deepspeed
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 LAYOUTS = {

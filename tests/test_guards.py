@@ -115,6 +115,23 @@ def test_in_bf16_too(ranks, settings, stage):
     assert all(value == value for line in lines for value in line.values())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_checkpoint_before_the_first_good_step(ranks, settings, stage, precision):
+    """Adam has no moments yet, and none of its steps has been."""
+    settings |= {"deepspeed": f"ds_configs/zero{stage}.json", "checkpoint_every": 1}
+    settings["model"]["precision"] = precision
+    settings["optimizer"] |= {"steps": 2, "max_skipped_steps": 0}
+    for sentence in ranks(2).run(train_with_faults, settings, no_gradient, (1,)):
+        assert sentence.startswith("the last 1 steps up to 2 gave")
+    settings["optimizer"] |= {"max_skipped_steps": 5}
+    settings["run_dir"] += "-other"
+    assert ranks(2).run(train_with_faults, settings, no_gradient, (0,)) == ["done"] * 2
+    folder = Path(settings["run_dir"]) / "checkpoints"
+    counts = [json.loads((folder / f"step-00000{n}" / "state.json").read_text())["adam_steps"] for n in (1, 2)]
+    assert counts == [0, 1]
+
+
 def test_too_many_in_a_row_end_the_run_on_all_ranks(ranks, settings):
     settings |= {"deepspeed": "ds_configs/zero2.json", "checkpoint_every": 1}
     settings["optimizer"] |= {"steps": 9, "max_skipped_steps": 2}

@@ -104,6 +104,22 @@ def test_secrets_in_overrides_are_not_repeated(tmp_path, settings, number, overr
     assert SECRET not in refused(lambda: load(tmp_path / "c.yaml", [override]))
 
 
+def test_ordinary_names_are_no_secrets(tmp_path, settings, monkeypatch):
+    monkeypatch.setenv("TOKENIZER_NAME", "Qwen/Qwen2.5-7B-Instruct")
+    monkeypatch.setenv("POSTGRES_PASSWORD", "postgres")
+    OmegaConf.save(OmegaConf.create(settings), tmp_path / "c.yaml")
+    for path in (
+        "/mnt/disk-shared-storage-01/run",
+        "data/risk-assessment-corpus-2026/x",
+        "runs/task-slot_filling-seed1",
+        "me/whisk-Language-model-7b",
+        "Qwen/Qwen2.5-7B-Instruct",
+        "/var/postgres/x",
+        "https://example.org/rows.jsonl?key=de",
+    ):
+        assert load(tmp_path / "c.yaml", [f"model.path={path}"]).model.path == path
+
+
 def test_12_a_run_keeps_nothing_of_the_environment(settings, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SECRET)
     from mlalign.rundir import _environment

@@ -93,17 +93,66 @@ def test_every_layout_reads_what_every_other_wrote_to_the_last_bit(ranks, settin
         assert json.loads((folder / f"step-{number:06d}" / "state.json").read_text())["adam_steps"] == 2
 
 
+class Odd(torch.nn.Module):
+    """Parameters of fewer elements than there are ranks, and of a few more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.sizes = torch.nn.ParameterList([torch.randn(size) for size in (1, 3, 5, 6, 7, 130)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum((p * x).square().sum() for p in self.sizes)
+
+
+def odd_shares(folder: str, stage: int, read: bool, steps: int) -> None:
+    """Save, or read what others saved and save it again; without a step Adam has no moments yet."""
+    import deepspeed
+    from safetensors.torch import save_file
+
+    from mlalign import distributed, resharding
+
+    model = Odd()
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
+    config["zero_allow_untested_optimizer"] = True
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), 0.1), config=config)
+    place = Path(folder)
+    if read:
+        resharding.restore(engine, place / "first", sorted(os.listdir(place / "first")), steps)
+    else:
+        for _ in range(steps):
+            engine.backward(engine(torch.ones(1)))
+            engine.step()
+    target = place / ("second" if read else "first")
+    target.mkdir(exist_ok=True)
+    for number, tensors in enumerate(resharding.parts(engine)):
+        save_file(tensors, target / f"trained-{distributed.rank()}-{number}.safetensors")
+    assert resharding.adam_steps(engine) == steps
+    engine.destroy()
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize(("wrote", "reads"), [((4, 3), (2, 3)), ((2, 1), (4, 3)), ((4, 3), (4, 3)), ((4, 0), (4, 2))])
+def test_parameters_that_ranks_cannot_share_evenly(ranks, tmp_path, wrote, reads, steps):
+    ranks(wrote[0]).run(odd_shares, str(tmp_path), wrote[1], False, steps)
+    ranks(reads[0]).run(odd_shares, str(tmp_path), reads[1], True, steps)
+    first, second = whole(tmp_path / "first"), whole(tmp_path / "second")
+    assert sorted(len(values) for (what, _), values in first.items() if what == "master") == [1, 3, 5, 6, 7, 130]
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 def train_until(values: dict, step: int | None) -> None:
     """The whole of `mlalign train`, sent a signal in the middle of a step."""
     from mlalign.commands import train
 
     backward, taken = train._backward, []
 
-    def counted(engine, config, batches, meter):
+    def counted(*arguments):
         taken.append(None)
         if started + len(taken) == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return backward(engine, config, batches, meter)
+        return backward(*arguments)
 
     latest = Path(values["run_dir"]) / "checkpoints" / "latest"
     started = int(latest.read_text().removeprefix("step-")) if latest.exists() else 0

@@ -14,6 +14,7 @@ LAYERS = [
     {"launchers", "hostile"},
     {"config", "distributed", "tasks", "tasks.slot_filling", "tasks.translation", "scoring"},
     {
+        "zero",
         "tracker",
         "rundir",
         "schedule",

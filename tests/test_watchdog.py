@@ -117,6 +117,47 @@ def test_a_rank_that_is_slow_but_comes_further_is_waited_for(ranks, settings):
     assert ranks(2).run(slow, settings, 2.0) == ["done", "done"]
 
 
+def test_a_rank_that_was_stopped_for_long_and_goes_on_ends_nothing(recipe, settings):
+    """As a job that Slurm suspends: all processes sleep for longer than they may wait for each other."""
+    port = free_port()
+    processes = [start(recipe, rank, port, ["-m", "mlalign"]) for rank in (0, 1)]
+    try:
+        wait_for_step(settings["run_dir"], 5, processes)
+        for number, pause in ((signal.SIGSTOP, 1.5 * SECONDS), (signal.SIGCONT, 0)):
+            for process in processes:
+                os.kill(process.pid, number)
+            time.sleep(pause)
+        lines = len((Path(settings["run_dir"]) / "metrics.jsonl").read_text().splitlines())
+        time.sleep(SECONDS)
+        assert [process.poll() for process in processes] == [None, None]
+        assert len((Path(settings["run_dir"]) / "metrics.jsonl").read_text().splitlines()) > lines
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def without_an_ear(values: dict) -> None:
+    """Stuck with a standard error that nobody reads any more, and a directory that is none."""
+    from mlalign.watchdog import Watchdog
+
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 2)
+    Path(values["run_dir"]).mkdir()
+    (Path(values["run_dir"]) / "stuck").write_text("a file")
+    with Watchdog(1.0, Path(values["run_dir"])):
+        time.sleep(60)
+
+
+def test_it_ends_even_where_it_cannot_say_why(settings):
+    import multiprocessing
+
+    process = multiprocessing.get_context("spawn").Process(target=without_an_ear, args=(settings,))
+    process.start()
+    process.join(50)
+    assert process.exitcode == 75
+
+
 def exhausted(values: dict, phase: str) -> str:
     import torch
 

@@ -17,13 +17,14 @@ from rich.table import Table
 
 from mlalign import distributed, launchers, model
 from mlalign.commands import train
-from mlalign.config import Config, read_deepspeed
+from mlalign.config import Config
 from mlalign.errors import UserError
 from mlalign.estimate import GIB, RESERVE, SHIPPED, Estimate, Job, advise, estimate
 from mlalign.memory import PARTS
 from mlalign.rundir import write_whole
 from mlalign.tracker import console, say
 from mlalign.workload import negatives, steps_of_run, survey
+from mlalign.zero import read_deepspeed
 
 _SLACK = 1.25  #: of the time that is asked for: evaluations, checkpoints, other work on the file system
 _START = 600  #: seconds for loading the model and reading rows

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from mlalign import __version__, distributed
-from mlalign.config import Model, read_deepspeed
+from mlalign.config import Model
 from mlalign.errors import UserError
 from mlalign.model import load_model_config
 from mlalign.parallel import Parallel, read_parallel
@@ -43,6 +43,7 @@ from mlalign.probe_show import draw, log, show
 from mlalign.rundir import make_writable, write_whole
 from mlalign.states import Encoder, encode, load_layer, state_files
 from mlalign.tracker import say
+from mlalign.zero import read_deepspeed
 
 
 @dataclass(frozen=True)

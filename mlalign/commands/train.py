@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mlalign import checkpoint, distributed, jobs, model, schedule, sharding
-from mlalign.config import Config, offloads_optimizer, read_deepspeed
+from mlalign.config import Config
 from mlalign.dataset import Dataset, load_dataset
 from mlalign.errors import UserError
 from mlalign.evaluation import evaluate, to_device
@@ -41,6 +41,7 @@ from mlalign.packing import choose_pad
 from mlalign.rundir import digest, held, open_run, write_whole
 from mlalign.tracker import Meter, Tracker, say
 from mlalign.watchdog import Watchdog
+from mlalign.zero import offloads_optimizer, read_deepspeed
 
 
 @dataclass
@@ -100,9 +101,9 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
 
     if distributed.is_main():
         write_whole(run_dir / "deepspeed.json", json.dumps(engine_config, indent=2) + "\n")
-    engine = _make_engine(config, engine_config, layer)
     steps = schedule.total_steps(config, dataset.epoch_rows)
     refuse_unlike(_common(config, engine_config, dataset, steps))
+    engine = _make_engine(config, engine_config, layer)
     lr_factor = schedule.lr_factor(config, steps)
     pad = choose_pad(engine, config.model, tokenizer)
     say(_describe(engine, config, layer, steps, packed=pad is None))
@@ -116,6 +117,7 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
     if progress.step == 0:
         tracker.text("config", (run_dir / "config.yaml").read_text())
 
+    dataset.tick = watch.touch
     loader = Loader(config, dataset.orders, pad, progress.step, steps)
     with distributed.StopSignals() as signals, closing(loader), watch:
 
@@ -140,10 +142,11 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
             finished = progress.step == steps or progress.stopped_early
             if improved or (finished and not stop and progress.best is None and progress.step > kept):
                 watch.at("export", progress.step)
-                checkpoint.export(engine, tokenizer, run_dir, dataset.languages())
+                checkpoint.export(engine, tokenizer, run_dir, dataset.languages(), watch.touch)
             due = finished or stop or progress.step % config.checkpoint_every == 0
             if evaluated or (due and progress.step > kept):
                 watch.at("checkpoint", progress.step)
+                refuse_other_rows(loader.digest, progress.step)
                 _save(saver, dataset, loader, meter, progress, steps)
                 kept = progress.step
                 meter.restart_clock()
@@ -250,7 +253,7 @@ def _optimizer_step(engine, lr: float, with_task: bool, measure: bool) -> float 
 def _common(config: Config, engine_config: dict[str, Any], dataset: Dataset, steps: int) -> dict[str, object]:
     """What all ranks must have read alike, before they wait for each other over it."""
     counts = {f"rows of {name}": counts.rows for name, counts in dataset.counts.items()}
-    hashes = {"config": digest(config.model_dump(mode="json")), "DeepSpeed config": digest(engine_config)}
+    hashes = {"config": digest(config.without_paths()), "DeepSpeed config": digest(engine_config)}
     return counts | {"steps": steps} | {f"hash of the {name}": value for name, value in hashes.items()}
 
 

@@ -1,0 +1,106 @@
+"""The DeepSpeed file that a config names: ZeRO and communication keys, and nothing that the config itself governs.
+
+So a batch size, a precision or a clipping value stands in exactly one place.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mlalign.config import flatten, suggest
+from mlalign.errors import UserError
+
+#: DeepSpeed keys that say how to shard and communicate; everything else belongs to `Config`.
+_DEEPSPEED_KEYS = {
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "comms_logger",
+    "aio",
+}
+_GOVERNED = {
+    "train_batch_size": "task.batch_size",
+    "train_micro_batch_size_per_gpu": "task.micro_batch_size",
+    "gradient_accumulation_steps": "task.batch_size and task.micro_batch_size",
+    "gradient_clipping": "optimizer.clip",
+    "fp16": "model.precision",
+    "bf16": "model.precision",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+}
+
+
+def read_deepspeed(name: str | None) -> dict[str, Any]:
+    """The ZeRO and communication keys of a DeepSpeed JSON file; ZeRO-0 for None.
+
+    A relative path is looked up from the working directory, then among the files shipped with mlalign.
+    Raises UserError for a key that `Config` governs, an unknown key, or the value "auto".
+    """
+    if name is None:
+        return {"zero_optimization": {"stage": 0}}
+    package = Path(__file__).parent
+    places = [Path(name), package.parent / name, package / name]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        shipped = sorted(p.name for folder in (package.parent, package) for p in (folder / "ds_configs").glob("*.json"))
+        raise UserError(f"deepspeed: {name} does not exist; shipped in ds_configs/: {', '.join(shipped)}")
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"deepspeed: {path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"deepspeed: {path} must hold one JSON object")
+    for key in values:
+        if key in _GOVERNED:
+            raise UserError(f"deepspeed: {path} sets {key}, which belongs into the config as {_GOVERNED[key]}")
+        if key not in _DEEPSPEED_KEYS:
+            raise UserError(
+                f"deepspeed: {path} has the key {key}{suggest(key, _DEEPSPEED_KEYS)}; only "
+                "ZeRO and communication keys belong there"
+            )
+    settings = values.get("zero_optimization")
+    if not isinstance(settings, dict) or settings.get("stage") not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed: {path} must set zero_optimization.stage to 0, 1, 2 or 3")
+    if settings.get("overlap_comm") and settings["stage"] < 2:
+        raise UserError(f"deepspeed: {path} sets overlap_comm, which needs ZeRO stage 2 or 3 here")
+    if settings.get("offload_optimizer") and settings["stage"] == 0:
+        raise UserError(f"deepspeed: {path} offloads the optimizer, which needs ZeRO stage 1, 2 or 3")
+    if settings.get("compute_grad_norm") is False:
+        raise UserError(f"deepspeed: {path} sets compute_grad_norm to false, but clipping and the log need the norm")
+    automatic = [key for key, value in flatten(values).items() if value == "auto"]
+    if automatic:
+        raise UserError(f'deepspeed: {path} sets {automatic[0]} to "auto": write the value, or leave the key out')
+    _check_zero(settings, path)
+    offload = settings.get("offload_optimizer") or {}
+    for name, wanted, there in (
+        ("offload_optimizer.device", "cpu", "cpu" if offload.get("device") != "nvme" else "nvme"),
+        ("offload_optimizer.ratio", 1, offload.get("ratio", 1)),
+        ("offload_optimizer.super_offload", False, offload.get("super_offload", False)),
+        ("zenflow", None, settings.get("zenflow")),
+    ):
+        if there != wanted:
+            raise UserError(
+                f"deepspeed: {path} sets {name} to {there}, which no checkpoint here could hold: leave it out"
+            )
+    return values
+
+
+def offloads_optimizer(deepspeed: dict[str, Any]) -> bool:
+    """Whether the ZeRO section of a DeepSpeed config puts the optimizer on the CPU or on disk."""
+    return (deepspeed["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
+
+
+def _check_zero(settings: dict[str, Any], path: Path) -> None:
+    """DeepSpeed's own check of the ZeRO section, before the weights are loaded and not after."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # here: it takes a second
+
+    try:
+        DeepSpeedZeroConfig(**settings)
+    except ValidationError as error:
+        item = error.errors()[0]
+        key = ".".join(str(part) for part in ("zero_optimization", *item["loc"]))
+        close = suggest(str(item["loc"][-1]), set(DeepSpeedZeroConfig.model_fields))
+        raise UserError(f"deepspeed: {path}: {key}: {item['msg'].lower()}{close}") from error
