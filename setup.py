@@ -51,6 +51,7 @@ setup(
             "openmpi>=5.0.11,<6",
             "pytest>=9,<10",
             "pytest-timeout>=2.4,<3",
+            "pytest-xdist>=3.8,<4",
             "ruff>=0.17,<0.18",
         ],
     },

@@ -233,7 +233,7 @@ class Trial(NamedTuple):
 
 
 def attempt(folder: Path, number: int, phase: str, rng: random.Random, calm: dict[int, tuple[dict, Board]]) -> Trial:
-    variant = number // len(PHASES) % len(VARIANTS)
+    variant = (number + number // len(PHASES)) % len(VARIANTS)
     config = make_config(folder, f"killed-{number}", *VARIANTS[variant])
     run_dir = Path(config.run_dir)
     wanted, board = calm[variant]

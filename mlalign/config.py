@@ -48,9 +48,15 @@ class Model(BaseModel, extra="forbid"):
     trust_remote_code: bool = False
 
 
+#: What fp32 can work with, and no infinity.
+Number = Annotated[float, Field(le=1e30)]
+#: Rows or tokens, so many that a batch can still be made of them.
+Size = Annotated[int, Field(gt=0, le=10**6)]
+
+
 class Lora(BaseModel, extra="forbid"):
-    r: int = Field(8, gt=0)
-    alpha: float = Field(16, gt=0)
+    r: int = Field(8, gt=0, le=2**16)
+    alpha: Number = Field(16, gt=0)
     dropout: float = Field(0.1, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"  #: peft's names
 
@@ -59,9 +65,9 @@ class Task(BaseModel, extra="forbid"):
     train: Sources = Field(min_length=1)
     dev: Sources = []
     streaming: bool = False  #: read rows as they are needed instead of holding them in memory
-    batch_size: int = Field(128, gt=0)  #: rows of one task batch, over all ranks
-    micro_batch_size: int = Field(8, gt=0)  #: rows of one forward pass on one rank
-    max_length: int = Field(512, gt=1)  #: tokens; longer rows are cut at the end, and counted
+    batch_size: Size = 128  #: rows of one task batch, over all ranks
+    micro_batch_size: Size = 8  #: rows of one forward pass on one rank
+    max_length: Size = Field(512, gt=1)  #: tokens; longer rows are cut at the end, and counted
     language_temperature: float = Field(1.0, ge=0, le=1)  #: 1 = languages by their size, 0 = uniform
 
 
@@ -81,18 +87,18 @@ class Alignment(BaseModel, extra="forbid"):
     train: Sources = Field(min_length=1)
     dev: Sources = []
     streaming: bool = False
-    batch_size: int = Field(128, gt=0)  #: pairs of one alignment batch, over all ranks
-    micro_batch_size: int = Field(32, gt=0)  #: pairs of one forward pass on one rank
-    max_length: int = Field(128, gt=1)  #: tokens of one side
+    batch_size: Size = 128  #: pairs of one alignment batch, over all ranks
+    micro_batch_size: Size = 32  #: pairs of one forward pass on one rank
+    max_length: Size = Field(128, gt=1)  #: tokens of one side
     language_temperature: float = Field(1.0, ge=0, le=1)
     layer: Annotated[int | Literal["auto"], BeforeValidator(_as_layer)] = "auto"
     """Number of decoder blocks run; auto = half the depth, probe:DIR = what `mlalign probe` recommends."""
     pooling: Literal["mean", "last"] = "mean"
     infonce: Literal["symmetric", "one_way"] = "symmetric"  #: one_way: src finds tgt only
-    temperature: float = Field(0.1, gt=0)
+    temperature: Number = Field(0.1, gt=0)
     negatives: Literal["global", "local"] = "global"  #: the whole batch, or one rank's micro-batch
     positives: Literal["id", "pair"] = "id"  #: id: rows that share a sentence or an id are positives of each other
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)  #: factor of the alignment loss
+    weight: Number = Field(1.0, gt=0)  #: factor of the alignment loss
 
 
 def _as_ratio(value: Any) -> Any:
@@ -103,7 +109,7 @@ def _as_ratio(value: Any) -> Any:
 class Interleave(BaseModel, extra="forbid"):
     mode: Literal["joint", "alternate", "micro_batch"] = "joint"
     ratio: Annotated[str, BeforeValidator(_as_ratio)] = Field("1:1", pattern=r"^\d+:\d+$")  #: task : alignment batches
-    micro_batches: int | None = Field(None, gt=0)  #: mode micro_batch: batches accumulated in one step
+    micro_batches: int | None = Field(None, gt=0, le=10**4)  #: mode micro_batch: batches accumulated in one step
 
     @property
     def parts(self) -> tuple[int, int]:
@@ -116,18 +122,17 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(BaseModel, extra="forbid"):
-    lr: float = Field(5e-4, gt=0, allow_inf_nan=False)
+    lr: Number = Field(5e-4, gt=0)
     betas: tuple[Share, Share] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)  #: of matrices; vectors (norms, biases) are never decayed
-    clip: float = Field(1.0, ge=0)  #: largest global gradient norm; 0 = no clipping
+    eps: Number = Field(1e-8, gt=0)
+    weight_decay: Number = Field(0.0, ge=0)  #: of matrices; vectors (norms, biases) are never decayed
+    clip: Number = Field(1.0, ge=0)  #: largest global gradient norm; 0 = no clipping
     max_skipped_steps: int = Field(10, ge=0)  #: in a row, for a loss or gradient that is no number, before the run ends
     schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = "inverse_sqrt"
     warmup_ratio: float = Field(0.03, ge=0, le=1)  #: share of all steps
-    steps: int | None = Field(None, gt=0)
-    epochs: float | None = Field(
-        None, gt=0, allow_inf_nan=False
-    )  #: passes over the task rows (over the pairs if there is no task)
+    steps: int | None = Field(None, gt=0, le=10**9)
+    epochs: float | None = Field(None, gt=0, le=10**4)
+    """Passes over the task rows (over the pairs if there is no task)."""
 
 
 class Evaluation(BaseModel, extra="forbid"):
@@ -240,7 +245,7 @@ def _load(path: Path, overrides: list[str]) -> Config:
         except (OmegaConfBaseException, YAMLError, ValueError) as error:
             raise UserError(f"override {override!r} cannot be applied: {_one_line(error)}") from error
     try:
-        values = OmegaConf.to_container(raw, resolve=True)
+        values = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
         refuse_secrets(flatten(values), f"config {path}")
         return Config.model_validate(values)
     except OmegaConfBaseException as error:

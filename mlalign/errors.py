@@ -2,7 +2,13 @@
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The command line prints its sentence, without a traceback, and exits with 2."""
+    """A mistake the user can mend. The command line prints its sentence, without a traceback, and exits with 2.
+
+    Sentences quote files that may hold anything: line ends and control characters are shown escaped.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence))
 
 
 class NotMetError(UserError):

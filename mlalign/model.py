@@ -6,6 +6,7 @@ alignment pass runs the first k decoder blocks and nothing else.
 
 import copy
 import math
+import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -154,7 +155,7 @@ def add_lora(lm: PreTrainedModel, lora: Lora) -> PeftModel:
     )
     try:
         return get_peft_model(lm, settings, autocast_adapter_dtype=False)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise UserError(f"lora.target_modules {lora.target_modules}: {_first_line(error)}") from error
 
 

@@ -74,7 +74,12 @@ BAD = {
     ("task.train=[]",): r"task.train is \[\]: .*at least 1 item",
     ("interleave.ratio=1:2:3",): r"interleave.ratio is",
     ("alignment.train={path: a.jsonl, language: de}",): r"language belongs to task sources",
-    ("optimizer.steps=null", "optimizer.epochs=.inf"): r"optimizer.epochs is inf: input should be a finite number",
+    (
+        "optimizer.steps=null",
+        "optimizer.epochs=.inf",
+    ): r"optimizer.epochs is inf: input should be less than or equal to 10000",
+    ("optimizer.lr=1e120",): r"optimizer.lr is 1e\+120: input should be less than or equal to 1000",
+    ("lora.r=???",): r"override 'lora.r=\?\?\?' cannot be applied: Missing mandatory value",
     ("task.train=[a.jsonl]", "task.train.x=1"): r"override 'task.train.x=1' cannot be applied",
     ("nonsense",): r"override 'nonsense' must have the form key.subkey=value",
     ("model=null",): r"model is None",

@@ -195,6 +195,8 @@ def train_all(configs: list[dict]) -> list[str]:
             train(Config.model_validate(values))
         except UserError as error:
             said.append(sentence(error))
+        except Exception as error:
+            raise AssertionError(f"{values}") from error
     return said
 
 
@@ -211,6 +213,7 @@ def test_configs_that_load_train_a_step(ranks, settings, tmp_path):
             return
         if config.optimizer.steps is not None:
             config.optimizer.steps = 1
+        config.stuck_after = 600  # of a fraction of a second it would make use
         accepted.append(config.model_dump(mode="json") | {"run_dir": str(tmp_path / f"run-{len(accepted)}")})
 
     collect()

@@ -271,7 +271,7 @@ def test_a_mistake_is_said_and_not_repeated(cluster, recipe, doctor, sentence):
 
 
 def test_a_run_that_loses_a_node_goes_on_where_there_is_room(cluster, recipe, undisturbed):
-    """With as many ranks on the node that is left; with fewer it says why not."""
+    """With half the ranks, on the node that is left, and with the same losses but for rounding."""
     path, run_dir = recipe("down", optimizer={"steps": 40}, checkpoint_every=5)
     job = cluster.submit("train.sbatch", path)
     cluster.until_step(job, run_dir, 12)
@@ -281,14 +281,12 @@ def test_a_run_that_loses_a_node_goes_on_where_there_is_room(cluster, recipe, un
         assert cluster.wait(job, "PENDING")["Restarts"] == "1", cluster.log(job)
         cluster.ask("scancel", job)
         fewer = cluster.submit("--nodes=1", "train.sbatch", path)
-        assert cluster.wait(fewer)["JobState"] == "FAILED", cluster.log(fewer)
-        assert "was saved by 2 ranks and ZeRO-2, this run has 1 and ZeRO-2" in cluster.log(fewer), cluster.log(fewer)
-        as_many = cluster.submit("--nodes=1", "--ntasks-per-node=2", "train.sbatch", path)
-        assert cluster.wait(as_many)["JobState"] == "COMPLETED", cluster.log(as_many)
+        assert cluster.wait(fewer)["JobState"] == "COMPLETED", cluster.log(fewer)
+        assert "saved by 2 ranks with ZeRO-2" in cluster.log(fewer), cluster.log(fewer)
     finally:
         cluster.ask("scontrol", "update", f"NodeName={NODES[1]}", "State=RESUME")
-    assert losses(run_dir) == undisturbed[0]
-    assert (run_dir / "adapter/adapter_model.safetensors").read_bytes() == undisturbed[1]
+    found, wanted = ({row[:-1]: row[-1] for row in each} for each in (losses(run_dir), undisturbed[0]))
+    assert found == pytest.approx(wanted, rel=1e-4)
 
 
 def test_a_cancelled_job_stays_cancelled(cluster, recipe):

@@ -73,14 +73,14 @@ def imported(path: Path) -> set[str]:
     return names - {""}
 
 
-@pytest.mark.parametrize("name", modules())
+@pytest.mark.parametrize("name", sorted(modules()))
 def test_imports_go_one_way(name):
     row = next(number for number, layer in enumerate(LAYERS) if name in layer)
     allowed = set().union(*LAYERS[:row])
     assert imported(modules()[name]) <= allowed
 
 
-@pytest.mark.parametrize("name", PURE)
+@pytest.mark.parametrize("name", sorted(PURE))
 def test_pure_modules_import_nothing_of_ours(name):
     assert imported(modules()[name]) == set()
 

@@ -303,7 +303,10 @@ def failure(values: dict, *overrides: str) -> str:
         (["alignment.batch_size=1"], "a single pair has no negatives"),
         (["run_dir=/proc/nowhere"], "run_dir /proc/nowhere cannot be written"),
         (["alignment.negatives=local", "alignment.micro_batch_size=7"], "leaves a micro-batch of one pair"),
-        (["optimizer.lr=1e30", "log_every=1"], "after step 2: try a lower optimizer.lr"),
+        (
+            ["optimizer.lr=1e30", "optimizer.max_skipped_steps=0"],
+            "the last 1 steps up to 2 gave a loss or gradient that",
+        ),
         (["task.columns=x"], "unknown key task.columns"),
         (["model.compile=true", "deepspeed=ds_configs/zero3.json"], "model.compile needs ZeRO stage 0, 1 or 2"),
     ],
