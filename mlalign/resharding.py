@@ -91,9 +91,12 @@ def parts(engine) -> Iterator[dict[str, torch.Tensor]]:
         pieces = [_share(piece) for piece in pieces]
     part, size = {}, 0
     for piece in pieces:
-        state = engine.basic_optimizer.state.get(piece.master, {})  # which Adam makes with its first update
-        for what in ("master", *_MOMENTS) if piece.count else ():
-            values = piece.of(piece.master if what == "master" else state.get(what, torch.zeros_like(piece.master)))
+        if not piece.count:
+            continue
+        held = {"master": piece.master, **engine.basic_optimizer.state.get(piece.master, {})}
+        for what in ("master", *_MOMENTS):
+            # Adam makes its moments with its first update
+            values = piece.of(held[what]) if what in held else torch.zeros(piece.count)
             if size + values.nbytes > _PART and part:
                 yield part
                 part, size = {}, 0

@@ -75,15 +75,16 @@ def read_deepspeed(name: str | None) -> dict[str, Any]:
         raise UserError(f'deepspeed: {path} sets {automatic[0]} to "auto": write the value, or leave the key out')
     _check_zero(settings, path)
     offload = settings.get("offload_optimizer") or {}
-    for name, wanted, there in (
-        ("offload_optimizer.device", "cpu", "cpu" if offload.get("device") != "nvme" else "nvme"),
-        ("offload_optimizer.ratio", 1, offload.get("ratio", 1)),
-        ("offload_optimizer.super_offload", False, offload.get("super_offload", False)),
-        ("zenflow", None, settings.get("zenflow")),
-    ):
-        if there != wanted:
+    elsewhere = {
+        "offload_optimizer.device to nvme": offload.get("device") == "nvme",
+        "offload_optimizer.ratio below 1": offload.get("ratio", 1) < 1,
+        "offload_optimizer.super_offload": bool(offload.get("super_offload")),
+        "zenflow": settings.get("zenflow") is not None,
+    }
+    for what, is_set in elsewhere.items():
+        if is_set:
             raise UserError(
-                f"deepspeed: {path} sets {name} to {there}, which no checkpoint here could hold: leave it out"
+                f"deepspeed: {path} sets {what}, which keeps the optimizer where no checkpoint would find it"
             )
     return values
 

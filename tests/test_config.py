@@ -120,6 +120,10 @@ BAD_DEEPSPEED = {
     '{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}': r"zero_optimization.offload_optimizer",
     '{"zero_optimization": {"stage": 2, "compute_grad_norm": false}}': r"compute_grad_norm to false",
     '{"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}': r"needs ZeRO stage 1, 2 or 3",
+    '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}}': r"to nvme,",
+    '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}': r"ratio below 1,",
+    '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": true}}}': r"super_off",
+    '{"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}': r"sets zenflow, which keeps",
     "{": r"not valid JSON",
     "[]": r"must hold one JSON object",
 }
