@@ -117,6 +117,11 @@ class Saver:
 
     def _give_name(self, pending: _Pending, files: dict[str, str]) -> None:
         folder, name = self._folder, pending.name
+        unseen = [file for file in files if not (self._partial / name / file).exists()]
+        if unseen:
+            raise OSError(
+                f"rank 0 does not see {unseen[0]}, which another rank wrote: run_dir must be shared by all hosts"
+            )
         state = {"format": _FORMAT, **pending.state, "files": files}
         write_hashed(self._partial / name / _STATE, lambda file: file.write(_sealed(state)))
         sync_folder(self._partial / name)
@@ -139,6 +144,7 @@ def _write_files(folder: Path, files: Files, touch: Callable[[], None]) -> _Writ
     """Write this rank's files. A failure is told and not raised: the other ranks are to hear of it too."""
     sha256: dict[str, str] = {}
     try:
+        folder.mkdir(parents=True, exist_ok=True)  # it is there; a network file system may not have shown it yet
         for name, tensors in files:
             content = safetensors.torch.save(tensors)
             sha256[name] = write_hashed(folder / name, lambda file, content=content: file.write(content))

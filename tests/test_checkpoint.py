@@ -120,6 +120,28 @@ def test_a_full_disk_stops_all_ranks_with_one_sentence(ranks, settings, in_backg
         assert not partial
 
 
+def saved_on_hosts_of_their_own(values: dict) -> str:
+    from mlalign import checkpoint, distributed
+
+    engine, step, _ = started(values, stage=2)
+    step()
+    try:
+        run_dir = Path(f"{values['run_dir']}-of-rank-{distributed.rank()}")
+        checkpoint.Saver(engine, run_dir, in_background=False).save(1, {}, {"x": torch.ones(1)}, keep=set())
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return "nothing"
+
+
+def test_a_run_directory_that_hosts_do_not_share_is_found_at_the_first_save(ranks, settings):
+    for sentence in ranks(2).run(saved_on_hosts_of_their_own, settings):
+        assert "cannot be written" in sentence or sentence == "rank 0 failed, see its message"
+        assert "run_dir must be shared by all hosts" in sentence or sentence.startswith("rank 0 failed")
+    assert not list(Path(settings["run_dir"]).parent.glob("*/checkpoints/step-*"))
+
+
 def metrics_on_a_full_disk(values: dict) -> str:
     from mlalign.tracker import Tracker
 
