@@ -44,16 +44,16 @@ from mlalign.loader import Loader
 
 #: Phase -> what it is made of: an object and the name of a function of it.
 PHASES: dict[str, tuple[Any, str]] = {
-    "start": (train, "_make_engine"),
     "resume": (checkpoint, "load"),
-    "data": (Loader, "_make"),
-    "passes": (train, "_backward"),
     "optimizer step": (train, "_optimizer_step"),
-    "evaluation": (train, "evaluate"),
     "save": (checkpoint, "_write_files"),
-    "sync": (os, "fsync"),
     "rename": (Path, "rename"),
     "export": (checkpoint, "export"),
+    "start": (train, "_make_engine"),
+    "data": (Loader, "_make"),
+    "passes": (train, "_backward"),
+    "evaluation": (train, "evaluate"),
+    "sync": (os, "fsync"),
 }
 ON_RANK_0 = {"rename", "sync"}  # the other rank renames nothing
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
