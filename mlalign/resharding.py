@@ -44,7 +44,7 @@ def _pieces(engine) -> list[_Piece]:
     trainable = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
     stage, wrapper = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
-        masters = _masters_without_zero(engine)
+        masters = {id(p): master for p, master in masters_without_zero(engine)}
         return [_Piece(name, 0, masters.get(id(p), p), 0, p.numel()) for name, p in trainable]
     if stage == 3:
         return [_piece_of_zero3(wrapper, name, p) for name, p in trainable]
@@ -57,13 +57,13 @@ def _pieces(engine) -> list[_Piece]:
     return pieces
 
 
-def _masters_without_zero(engine) -> dict[int, torch.Tensor]:
-    """bf16 parameter's id -> its fp32 master; empty in fp32, where a parameter is its own."""
+def masters_without_zero(engine) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """bf16 parameters and their fp32 masters under ZeRO-0; none in fp32, where a parameter is its own."""
     wrapper = engine.optimizer
-    if wrapper is engine.basic_optimizer:
-        return {}
+    if engine.zero_optimization_stage() > 0 or wrapper is engine.basic_optimizer:
+        return []
     groups = zip(wrapper.fp16_groups, wrapper.fp32_groups)
-    return {id(p): master for parameters, masters in groups for p, master in zip(parameters, masters)}
+    return [pair for parameters, masters in groups for pair in zip(parameters, masters)]
 
 
 def _piece_of_zero3(wrapper, name: str, parameter: nn.Parameter) -> _Piece:
@@ -138,11 +138,8 @@ def restore(engine, folder: Path, names: list[str], steps: int) -> None:
         wrapper.checkpoint_event_epilogue()
     elif stage > 0:
         wrapper.update_lp_params()
-    else:
-        masters = _masters_without_zero(engine)
-        for parameter in engine.module.parameters():
-            if id(parameter) in masters:
-                parameter.data.copy_(masters[id(parameter)])
+    for parameter, master in masters_without_zero(engine):
+        parameter.data.copy_(master)
 
 
 def _step_of(optimizer: torch.optim.Optimizer, master: torch.Tensor, steps: int) -> torch.Tensor | int:

@@ -11,6 +11,7 @@ from mlalign.config import Config, Model
 from mlalign.errors import UserError
 from mlalign.model import AlignedModel, precision_dtype
 from mlalign.prefetch import keep_a_trace_per_pass
+from mlalign.resharding import masters_without_zero
 from mlalign.zero import offloads_optimizer
 
 
@@ -98,12 +99,9 @@ def make_engine(model: AlignedModel, optimizer: torch.optim.Optimizer, deepspeed
 
 def _forget_first_update(engine) -> None:
     """Undo the update by which DeepSpeed makes Adam's state in bf16 without ZeRO: it decays, and counts as a step."""
-    if engine.zero_optimization_stage() > 0 or engine.optimizer is engine.basic_optimizer:
-        return
-    for parameters, masters in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups):
-        for parameter, master in zip(parameters, masters):
-            master.data.copy_(parameter.data)
-    engine.basic_optimizer.state.clear()
+    for parameter, master in masters_without_zero(engine):
+        master.data.copy_(parameter.data)
+        engine.basic_optimizer.state.pop(master, None)
 
 
 def inference_config(settings: Model, zero: dict[str, Any]) -> dict[str, Any]:

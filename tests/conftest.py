@@ -10,6 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,21 @@ def alone_in_the_world() -> dict[str, str]:
     """The environment for a process that belongs to no group, whatever this process has joined in earlier tests."""
     group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE")
     return {name: value for name, value in os.environ.items() if name not in group} | {"OMP_NUM_THREADS": "1"}
+
+
+def train_with(values: dict[str, Any], backward: Callable) -> str:
+    """`mlalign train` on this rank with another `_backward`, which is given the real one first. Returns how it ends."""
+    from mlalign.commands import train
+    from mlalign.config import Config
+    from mlalign.errors import UserError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_backward", partial(backward, train._backward))
+        try:
+            train.train(Config.model_validate(values))
+        except UserError as error:
+            return str(error)
+    return "done"
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

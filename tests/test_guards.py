@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
+from conftest import train_with
 from safetensors.torch import load_file
 from torch import nn
 
@@ -59,11 +60,10 @@ def no_gradient(lm: nn.Module):
 def train_with_faults(values: dict, fault: Callable, steps: tuple[int, ...]) -> str:
     """`mlalign train` with a fault on the last rank in those steps, from 0. Returns the sentence that it ends with."""
     from mlalign import distributed
-    from mlalign.commands import train
 
-    backward, number = train._backward, iter(range(10**9))
+    number = iter(range(10**9))
 
-    def faulty(engine, *arguments):
+    def faulty(backward, engine, *arguments):
         if next(number) not in steps or distributed.rank() + 1 < distributed.world_size():
             return backward(engine, *arguments)
         handle = fault(engine.module.lm)
@@ -72,14 +72,7 @@ def train_with_faults(values: dict, fault: Callable, steps: tuple[int, ...]) -> 
         finally:
             handle.remove()
 
-    train._backward = faulty
-    try:
-        train.train(Config.model_validate(values))
-    except UserError as error:
-        return str(error)
-    finally:
-        train._backward = backward
-    return "done"
+    return train_with(values, faulty)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import train_with
 from safetensors.torch import load_file
 
 from mlalign.config import Config
@@ -143,11 +144,9 @@ def test_parameters_that_ranks_cannot_share_evenly(ranks, tmp_path, wrote, reads
 
 def train_until(values: dict, step: int | None) -> None:
     """The whole of `mlalign train`, sent a signal in the middle of a step."""
-    from mlalign.commands import train
+    taken = []
 
-    backward, taken = train._backward, []
-
-    def counted(*arguments):
+    def counted(backward, *arguments):
         taken.append(None)
         if started + len(taken) == step:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -155,11 +154,7 @@ def train_until(values: dict, step: int | None) -> None:
 
     latest = Path(values["run_dir"]) / "checkpoints" / "latest"
     started = int(latest.read_text().removeprefix("step-")) if latest.exists() else 0
-    train._backward = counted
-    try:
-        train.train(Config.model_validate(values))
-    finally:
-        train._backward = backward
+    assert train_with(values, counted) == "done"
 
 
 def losses(run_dir: str) -> dict[tuple[int, str], float]:

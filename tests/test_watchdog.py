@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import alone_in_the_world
+from conftest import alone_in_the_world, train_with
 from omegaconf import OmegaConf
 
-from mlalign.config import Config
 from mlalign.launchers import free_port
 
 SECONDS = 6
@@ -161,23 +160,11 @@ def test_it_ends_even_where_it_cannot_say_why(settings):
 def exhausted(values: dict, phase: str) -> str:
     import torch
 
-    from mlalign.commands import train
-    from mlalign.errors import UserError
-
-    backward = train._backward
-
-    def greedy(engine, config, batches, meter, comes_to):
+    def greedy(backward, engine, config, batches, meter, comes_to):
         comes_to(phase)
         torch.empty(2**50)  # what this asks for, no machine has
 
-    train._backward = greedy
-    try:
-        train.train(Config.model_validate(values))
-    except UserError as error:
-        return str(error)
-    finally:
-        train._backward = backward
-    return "done"
+    return train_with(values, greedy)
 
 
 def test_used_up_memory_is_said_with_what_to_change(ranks, settings):
