@@ -31,6 +31,7 @@ from mlalign.loss import token_nll
 from mlalign.pooling import POOLERS
 from mlalign.tracker import say
 
+_FROZEN = ".base_layer."  #: in peft's names of weights that an adapter leaves as they are
 _NORM_NAMES = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
@@ -165,14 +166,16 @@ def load_for_inference(
     """A model in eval mode on this rank's device, with an adapter where one is given.
 
     In fp32 the adapter is merged into the weights; in bf16 it stays beside them, for their sum would be rounded to a
-    model that was never trained.
+    model that was never trained. So does one that changes the LM head of a model whose embeddings are tied to it: merging
+    would change the embeddings too.
     Args: deepspeed_config: for ZeRO-3, where the model is not moved and the adapter stays beside its shards too.
     Raises UserError for an adapter that does not fit the model to the last tensor.
     """
     lm = load_lm(settings, deepspeed_config)
     if adapter is not None:
         lm = _with_adapter(lm, adapter, settings.path)
-        if not deepspeed_config and precision_dtype(settings.precision) == torch.float32:
+        mergeable = not deepspeed_config and precision_dtype(settings.precision) == torch.float32
+        if mergeable and not _changes_tied_weight(lm):
             lm = lm.merge_and_unload()
     return (lm if deepspeed_config else lm.to(distributed.device())).eval()
 
@@ -191,8 +194,10 @@ def _with_adapter(lm: PreTrainedModel, adapter: str, model: str) -> PeftModel:
         raise UserError(
             f"adapter {adapter} does not fit {model}, it was trained on {trained_on}: {_last_line(error)}"
         ) from error
-    # peft only warns of tensors that have no place in the model, or of places that got none
-    strange = saved.keys() ^ get_peft_model_state_dict(lm).keys()
+    # peft only warns of tensors that have no place in the model, or of places that got none; the frozen weight of an LM
+    # head that is a target may be in the file or not
+    placed = {name for name in get_peft_model_state_dict(lm) if _FROZEN not in name}
+    strange = {name for name in saved if _FROZEN not in name} ^ placed
     if strange:
         raise UserError(
             f"adapter {adapter} does not fit {model}, it was trained on {trained_on}: {len(strange)} tensors have no "
@@ -201,6 +206,13 @@ def _with_adapter(lm: PreTrainedModel, adapter: str, model: str) -> PeftModel:
     if trained_on and trained_on.rstrip("/") != model.rstrip("/"):
         say(f"adapter {adapter} was trained on {trained_on}; here it is put on {model}")
     return lm
+
+
+def _changes_tied_weight(lm: PeftModel) -> bool:
+    """Whether a LoRA delta lies on a weight that input embeddings and LM head share."""
+    ends = lm.get_input_embeddings(), lm.get_output_embeddings()
+    first, second = (getattr(end, "base_layer", end).weight for end in ends)
+    return first is second and any(hasattr(end, "base_layer") for end in ends)
 
 
 # ------------------------------------------------------------------------------------------------- truncated forward

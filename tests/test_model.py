@@ -267,3 +267,26 @@ def test_pickled_weights_are_not_loaded(tmp_path, tiny_model):
     with pytest.raises(UserError, match="pickled weights are not loaded"):
         model_module.load_for_inference(Model(path=str(tiny_model)), str(adapter))
     assert not trace.exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("with_frozen", [True, False], ids=["frozen weight in the file", "not in the file"])
+def test_an_adapter_of_the_lm_head_leaves_tied_embeddings_alone(tied, with_frozen, tmp_path):
+    """Merged into the weights, it would change the embeddings too, which it was not trained with."""
+    config = CONFIG_MAPPING["llama"](**_LLAMA_LIKE, tie_word_embeddings=tied)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config)
+    base.save_pretrained(tmp_path / "base")
+    lm = add_lora(base, Lora(dropout=0.0, target_modules=["q_proj", "lm_head"]))
+    for name, weight in lm.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    lm.save_pretrained(tmp_path / "adapter", save_embedding_layers=with_frozen)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        wanted = lm.eval()(input_ids=ids).logits
+        found = model_module.load_for_inference(
+            Model(path=str(tmp_path / "base"), precision="fp32"), str(tmp_path / "adapter")
+        )
+        torch.testing.assert_close(found(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-5)
+        assert torch.equal(found.get_input_embeddings().weight, base.get_input_embeddings().weight)
