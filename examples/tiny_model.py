@@ -7,12 +7,11 @@ no chat template, so its task rows are prepared with --format plain.
 import sys
 from pathlib import Path
 
+from mlalign.base_model import Shape, train_base
 from mlalign.config import Source
-from mlalign.demo_base import train_base
 from mlalign.rows import read_rows
 
 FIELDS = ("text", "utt", "src", "tgt")
-MAX_TOKENS = 512
 
 
 def main(output: Path, paths: list[str], steps: int = 1500) -> None:
@@ -28,11 +27,10 @@ def main(output: Path, paths: list[str], steps: int = 1500) -> None:
     train_base(
         [text for text in sentences if len(text) < 200],
         output,
-        seed=0,
+        0,
+        Shape(vocabulary=4000, max_tokens=512),
         steps=steps,
         batch_size=32,
-        vocabulary=4000,
-        max_tokens=MAX_TOKENS,
         progress=progress,
     )
 

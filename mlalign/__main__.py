@@ -144,7 +144,7 @@ def probe(
         str, typer.Option(help="Parallel text: a directory with a file per language, a hub id, or bitext JSONL.")
     ],
     output: Annotated[Path, typer.Option(help="Directory for probe.json and the pictures.")],
-    adapter: Annotated[str | None, typer.Option(help="A peft adapter, such as RUN_DIR/adapter.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="A peft adapter or a RUN_DIR.")] = None,
     compare: Annotated[
         str | None, typer.Option(help="An adapter of MODEL, another model, or a RUN_DIR: before and after.")
     ] = None,

@@ -166,8 +166,8 @@ def load_for_inference(
     """A model in eval mode on this rank's device, with an adapter where one is given.
 
     In fp32 the adapter is merged into the weights; in bf16 it stays beside them, for their sum would be rounded to a
-    model that was never trained. So does one that changes the LM head of a model whose embeddings are tied to it: merging
-    would change the embeddings too.
+    model that was never trained. So does one of an LM head that shares its weight with the embeddings: merging would
+    change these too.
     Args: deepspeed_config: for ZeRO-3, where the model is not moved and the adapter stays beside its shards too.
     Raises UserError for an adapter that does not fit the model to the last tensor.
     """
@@ -178,6 +178,16 @@ def load_for_inference(
         if mergeable and not _changes_tied_weight(lm):
             lm = lm.merge_and_unload()
     return (lm if deepspeed_config else lm.to(distributed.device())).eval()
+
+
+def adapter_folder(path: str) -> str:
+    """An adapter's directory: the one that is named, or `adapter` in a run directory; a hub id is left as it is."""
+    for folder in (Path(path), Path(path) / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            return str(folder)
+    if Path(path).is_dir() or path.startswith(("/", ".")):
+        raise UserError(f"adapter {path} holds no adapter_config.json: name an adapter's directory or a run")
+    return path
 
 
 def _with_adapter(lm: PreTrainedModel, adapter: str, model: str) -> PeftModel:

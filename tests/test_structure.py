@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "mlalign"
 
 #: Every module of a row may import from the rows above it and not from its own.
 LAYERS = [
-    {"errors", "loss", "pooling", "retrieval", "plots", "languages", "demo_data", "demo_base"}
+    {"errors", "loss", "pooling", "retrieval", "plots", "languages", "demo_data", "base_model"}
     | {"tasks.prompts", "sifting", "corpora", "jobs", "kernels", "prefetch", "durable"},
     {"launchers", "hostile"},
     {"config", "distributed", "tasks", "tasks.slot_filling", "tasks.translation", "scoring"},

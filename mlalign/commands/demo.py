@@ -17,13 +17,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mlalign import demo_data
-from mlalign.demo_base import LAYERS, train_base
+from mlalign.base_model import Shape, train_base
 from mlalign.errors import UserError
 from mlalign.plots import plot_scores
 from mlalign.tracker import console, say
 
 RUNS = ("task_only", "aligned")
-LAYER = LAYERS // 2
+LAYER = Shape.layers // 2
 RANKS = 2
 
 #: Both runs see the same task batches; `aligned` adds a contrastive batch to every step.
@@ -69,7 +69,7 @@ def demo(folder: Path, seed: int) -> dict:
 
     for number, name in enumerate(RUNS, 2):
         aligned = name == "aligned"
-        extra = f" and aligned at layer {LAYER} of {LAYERS}" if aligned else ", the task alone"
+        extra = f" and aligned at layer {LAYER} of {Shape.layers}" if aligned else ", the task alone"
         _title(f"{number}/4  Fine-tuning on English labels{extra}: {RANKS} ranks, ZeRO-2")
         recipe = folder / f"{name}.yaml"
         alignment = ALIGNMENT.format(folder=folder, layer=LAYER) if aligned else ""
@@ -147,7 +147,6 @@ def _train_base(text: list[str], folder: Path, seed: int) -> None:
     if folder.exists():
         say(f"kept from an earlier start: {folder}")
         return
-    aside = folder.with_suffix(".partial")
     steps = 600
     torch.set_num_threads(min(RANKS, os.cpu_count() or 1))
     with Progress(console=console, disable=not console.is_terminal) as bar:
@@ -158,8 +157,7 @@ def _train_base(text: list[str], folder: Path, seed: int) -> None:
             if step % 100 == 0:
                 say(f"step {step}/{steps}  loss {loss:.3f}")
 
-        train_base(text, aside, seed, steps=steps, progress=progress)
-    aside.rename(folder)
+        train_base(text, folder, seed, steps=steps, progress=progress)
 
 
 def _launch(*arguments: object) -> None:

@@ -27,7 +27,7 @@ from mlalign.config import Model, Source
 from mlalign.data import answer_text, encode_prompt
 from mlalign.errors import UserError
 from mlalign.generation import Decoding, Generate, open_backend
-from mlalign.model import load_model_config, load_tokenizer, precision_dtype
+from mlalign.model import adapter_folder, load_model_config, load_tokenizer, precision_dtype
 from mlalign.predictions import (
     Predictions,
     prediction_file,
@@ -131,16 +131,6 @@ def _adapters(settings: Settings) -> dict[Path, str | None]:
     if repeated is not None:
         raise UserError(f"two adapters are called {repeated}: evaluate them apart, each with an --output of its own")
     return {settings.output / name: path for name, path in zip(names, found)}
-
-
-def adapter_folder(path: str) -> str:
-    """An adapter's directory: the one that is named, or `adapter` in a run directory; a hub id is left as it is."""
-    for folder in (Path(path), Path(path) / "adapter"):
-        if (folder / "adapter_config.json").is_file():
-            return str(folder)
-    if Path(path).is_dir() or path.startswith(("/", ".")):
-        raise UserError(f"adapter {path} holds no adapter_config.json: name an adapter's directory or a run")
-    return path
 
 
 def _read_tests(settings: Settings, task: ModuleType, tokenizer) -> dict[str, _Tests]:

@@ -25,7 +25,7 @@ import numpy as np
 from mlalign import __version__, distributed
 from mlalign.config import Model
 from mlalign.errors import UserError
-from mlalign.model import load_model_config
+from mlalign.model import adapter_folder, load_model_config
 from mlalign.parallel import Parallel, read_parallel
 from mlalign.pooling import POOLERS
 from mlalign.probe_report import (
@@ -148,14 +148,15 @@ def _encoders(settings: Settings) -> dict[str, Encoder]:
     }
     if settings.adapter is not None and not Path(settings.adapter).is_dir():
         raise UserError(f"adapter {settings.adapter} is no directory")
-    first = Encoder(settings.model, settings.adapter, **how)
+    adapter = adapter_folder(settings.adapter) if settings.adapter is not None else None
+    first = Encoder(settings.model, adapter, **how)
     if settings.compare is None:
         return {"model": first}
-    path, adapter = _weights(settings.compare, settings.model)
+    path, compared = _weights(settings.compare, settings.model)
     other = load_model_config(Model(path=path)).get_text_config().num_hidden_layers
     if other != depth:
         raise UserError(f"compare {settings.compare} has {other} layers, but {settings.model} has {depth}")
-    return {"before": first, "after": Encoder(path, adapter, **how)}
+    return {"before": first, "after": Encoder(path, compared, **how)}
 
 
 def _layers(text: str | None, depth: int) -> list[int]:

@@ -1,0 +1,199 @@
+"""From cells to what a reader wants: means and intervals over seeds, one table and one picture a study.
+
+An interval is Student's t over seeds, 95%: where another seed, on the same test rows, would land.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from cells import Cell, Setting
+from scipy import stats
+from studies import Study
+
+GROUPS = ("supervised", "aligned", "unseen")
+_COLOURS = {"supervised": "#bbbbbb", "aligned": "#0b4f9e", "unseen": "#d08a00"}
+_MARKERS = {"supervised": "o", "aligned": "s", "unseen": "^"}
+_HATCHES = {"supervised": "//", "aligned": "", "unseen": ".."}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95% interval: t(0.975, n - 1) s / sqrt(n); NaN for one value."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def members(setting: Setting, languages: list[str]) -> dict[str, list[str]]:
+    """Group -> its languages."""
+    aligned = [each for each in setting.aligned if each in languages]
+    known = {*setting.supervised, *aligned}
+    return {
+        "supervised": [each for each in languages if each in setting.supervised],
+        "aligned": aligned,
+        "unseen": [each for each in languages if each not in known],
+    }
+
+
+def retrieval(measured: dict, setting: Setting) -> dict[str, list[float]]:
+    """Group -> accuracy by layer, mean over its languages and both directions, from and to English."""
+    languages, accuracy = measured["languages"], np.array(measured["directions"], dtype=float)
+    english = languages.index("en")
+    found = {}
+    for group, names in members(setting, languages).items():
+        places = [languages.index(name) for name in names if name != "en"]
+        if places:
+            both = (accuracy[:, places, english] + accuracy[:, english, places]) / 2
+            found[group] = both.mean(1).tolist()
+    return found
+
+
+def collect(study: Study, seeds: list[int], setting: Setting, layer: int) -> dict[str, dict]:
+    """Arm -> what its cells say: `f1` by group and language, `retrieval` by group at `layer`, one value a seed."""
+    found = {}
+    for arm in study.arms:
+        cells = [cell for seed in seeds if (cell := Cell(arm, seed).result(setting))]
+        if not cells:
+            continue
+        by_layer = [retrieval(cell["retrieval"], setting) for cell in cells]
+        found[arm.name] = {
+            "x": arm.x,
+            "seeds": [cell["seed"] for cell in cells],
+            "f1": {name: [cell["groups"][name] for cell in cells] for name in GROUPS if name in cells[0]["groups"]},
+            "languages": {name: [cell["f1"][name] for cell in cells] for name in cells[0]["f1"]},
+            "retrieval": {name: [each[name][layer] for each in by_layer] for name in by_layer[0]},
+            "by_layer": {name: np.mean([each[name] for each in by_layer], axis=0).tolist() for name in by_layer[0]},
+            "seconds": [cell["seconds"]["training"] for cell in cells],
+        }
+    return found
+
+
+def write(study: Study, found: dict[str, dict], base: dict[str, list[float]], layer: int, folder: Path) -> None:
+    """<study>.md, .json and .png into `folder`, of a study with at least one arm done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"study": study.name, "layer": layer, "base_retrieval": base, "arms": found}
+    (folder / f"{study.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / f"{study.name}.md").write_text(table(study, found, base, layer))
+    (_curve if study.axis else _bars)(study, found, folder / f"{study.name}.png")
+    if study.name == "main":
+        _by_layer(found, base, layer, folder / "retrieval.png")
+
+
+def table(study: Study, found: dict[str, dict], base: dict[str, list[float]], layer: int) -> str:
+    """Two Markdown tables: groups with intervals, and languages."""
+    groups = [name for name in GROUPS if any(name in arm["f1"] for arm in found.values())]
+    others = [name for name in groups if name in base]
+    head = ["", "seeds", *(f"F1 {name}" for name in groups), *(f"retrieval {name}" for name in others), "seconds"]
+    rows = [["base model", "", *[""] * len(groups), *(f"{base[name][layer]:.2f}" for name in others), ""]]
+    for name, arm in found.items():
+        f1 = [_cell(arm["f1"][group]) for group in groups]
+        accuracy = [_cell(arm["retrieval"][group]) for group in others]
+        rows.append([name, str(len(arm["seeds"])), *f1, *accuracy, f"{np.mean(arm['seconds']):.0f}"])
+    languages = list(next(iter(found.values()))["languages"])
+    by_language = [
+        [name, *(f"{np.mean(arm['languages'][each]):.3f}" for each in languages)] for name, arm in found.items()
+    ]
+    return "\n".join(
+        [
+            f"# {study.title}",
+            "",
+            *_markdown(head, rows),
+            "",
+            f"Means over seeds, with 95% intervals (Student's t). Retrieval: accuracy at layer {layer}, to and from "
+            "English. Seconds: of training, on one core where two cells run side by side.",
+            "",
+            *_markdown(["F1", *languages], by_language),
+            "",
+        ]
+    )
+
+
+def _cell(values: list[float]) -> str:
+    mean, half = interval(values)
+    return f"{mean:.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _bars(study: Study, found: dict[str, dict], path: Path) -> None:
+    """F1 of each arm by group, a point a seed."""
+    groups = [name for name in GROUPS if any(name in arm["f1"] for arm in found.values())]
+    figure, axis = plt.subplots(figsize=(max(6, 1.7 * len(found) + 1), 4), layout="constrained")
+    width = 0.8 / len(groups)
+    for number, group in enumerate(groups):
+        places = np.arange(len(found)) + (number - (len(groups) - 1) / 2) * width
+        values = [arm["f1"][group] for arm in found.values()]
+        means, halves = zip(*(interval(each) for each in values))
+        bars = axis.bar(
+            places, means, width, label=group, color=_COLOURS[group], hatch=_HATCHES[group], edgecolor="white"
+        )
+        axis.bar_label(
+            bars,
+            fmt="%.2f",
+            fontsize=8,
+            label_type="center",
+            bbox={"facecolor": "white", "alpha": 0.8, "pad": 1, "lw": 0},
+        )
+        axis.errorbar(places, means, np.nan_to_num(halves), fmt="none", ecolor="black", capsize=3, linewidth=1)
+        for place, each in zip(places, values):
+            axis.plot([place] * len(each), each, "k.", markersize=3)
+    axis.set_xticks(range(len(found)), list(found))
+    axis.set(ylabel="F1 (items: intent and slot types)", ylim=(0, None), title=study.title)
+    axis.legend(frameon=False, ncols=len(groups), loc="upper right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _curve(study: Study, found: dict[str, dict], path: Path) -> None:
+    """F1 and retrieval accuracy against what the arms vary, with intervals."""
+    arms = sorted(found.values(), key=lambda arm: arm["x"])
+    x = [arm["x"] for arm in arms]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharex=True)
+    for axis, measure, label in zip(axes, ("f1", "retrieval"), ("F1", "retrieval accuracy, to and from English")):
+        for group in GROUPS:
+            if group not in arms[0][measure]:
+                continue
+            means, halves = zip(*(interval(arm[measure][group]) for arm in arms))
+            axis.errorbar(
+                x, means, np.nan_to_num(halves), color=_COLOURS[group] if group != "supervised" else "#777777",
+                marker=_MARKERS[group], capsize=3, label=group,
+            )  # fmt: skip
+        axis.set(xlabel=study.axis, ylabel=label, ylim=(0, None))
+        axis.grid(alpha=0.3)
+        if x[-1] > 16 * x[0]:
+            axis.set_xscale("log", base=2)
+        axis.set_xticks(x, [f"{each:g}" for each in x])
+    axes[0].legend(frameon=False)
+    figure.suptitle(study.title, fontsize=11)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _by_layer(found: dict[str, dict], base: dict[str, list[float]], layer: int, path: Path) -> None:
+    """Retrieval accuracy at every layer, before and after, a panel a group."""
+    figure, axes = plt.subplots(
+        1, len(base), figsize=(4.4 * len(base), 3.8), layout="constrained", sharey=True, squeeze=False
+    )
+    styles = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
+    for axis, group in zip(axes.flat, base):
+        axis.plot(base[group], color="#777777", marker="o", markersize=3, label="base model")
+        for number, (name, arm) in enumerate(found.items()):
+            colour = plt.get_cmap("cividis")(number / max(1, len(found) - 1) * 0.85)
+            axis.plot(
+                arm["by_layer"][group], color=colour, linestyle=styles[number % 5], marker="s", markersize=3, label=name
+            )
+        axis.axvline(layer, color="black", linewidth=0.8, linestyle=(0, (1, 2)))
+        axis.set(title=f"{group} languages", xlabel="layer (decoder blocks run)", ylim=(0, 1))
+        axis.grid(alpha=0.3)
+    axes.flat[0].set_ylabel("retrieval accuracy, to and from English")
+    axes.flat[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

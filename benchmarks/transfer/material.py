@@ -1,0 +1,200 @@
+"""What the study is made of: task rows, bitext and parallel text from public data, and a base model that read them all.
+
+`data` is a directory with massive/<locale>.<train|dev|test>.jsonl and massive_text/<locale>.jsonl (MASSIVE 1.1, its
+labelled rows and the utterances of its train partition) and tatoeba/<xxx>-eng.jsonl; README.md says where they are
+published. No dev or test row is trained on, by the base model neither.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from cells import mlalign
+from rich.progress import Progress
+
+from mlalign.base_model import Shape, train_base
+from mlalign.errors import UserError
+from mlalign.languages import language_of
+from mlalign.tracker import console, say
+
+ARROW = " =>"  #: between an utterance and its answer
+PROBE_SENTENCES = 200
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a study: the base model and its training, and the languages."""
+
+    shape: Shape
+    base_steps: int
+    steps: int  #: of fine-tuning
+    supervised: tuple[str, ...]
+    aligned: tuple[str, ...]  #: languages of the bitext
+    unseen: tuple[str, ...]  #: in the base model's text alone
+    test_rows: int  #: per language
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Of all groups."""
+        return self.supervised + self.aligned + self.unseen
+
+
+_PAPER = ("ar", "en", "es", "ru", "zh")
+_ALIGNED = ("af", "cy", "de", "el", "fi", "fr", "he", "hi", "ja", "ka", "ko", "pl", "sw", "th", "tr", "vi")
+_UNSEEN = ("am", "az", "bn", "is", "jv", "km", "kn", "ta")
+SIZES = {
+    "5m": Size(
+        Shape(hidden=192, intermediate=512, layers=8, heads=4, vocabulary=6000, max_tokens=256),
+        base_steps=2300,
+        steps=400,
+        supervised=("en",),
+        aligned=("de", "es", "fr", "sw", "tr"),
+        unseen=("af", "az"),
+        test_rows=300,
+    ),
+    "15m": Size(
+        Shape(hidden=320, intermediate=864, layers=10, heads=5, vocabulary=12_000, max_tokens=256),
+        base_steps=15_000,
+        steps=1500,
+        supervised=_PAPER,
+        aligned=_ALIGNED,
+        unseen=_UNSEEN,
+        test_rows=800,
+    ),
+    "100m": Size(
+        Shape(hidden=768, intermediate=2048, layers=12, heads=12, vocabulary=24_000, max_tokens=256),
+        base_steps=40_000,
+        steps=2000,
+        supervised=_PAPER,
+        aligned=_ALIGNED,
+        unseen=_UNSEEN,
+        test_rows=800,
+    ),
+}
+
+
+def prepare(data: Path, folder: Path, size: Size) -> None:
+    """Fill `folder` with types/, words/, tatoeba/, massive/ and parallel/, unless they are there.
+
+    types/ has the answers that carry over in a tiny model, an intent and slot types, which are the same in every
+    language; words/ the paper's, slots with words of the utterance. massive/ is bitext of the task's own domain,
+    without any labelled utterance.
+    Raises UserError where `data` lacks a file.
+    """
+    if (folder / "done").exists():
+        return
+    _write_types(data, folder / "types", size)
+    locales = _files(data / "massive_text", size.languages)
+    log = folder / "prepare.log"
+    for split in ("dev", "test"):
+        _write(
+            folder / f"held_out/{split}.jsonl",
+            (
+                {"text": row["utt"]}
+                for path in sorted((data / "massive").glob(f"*.{split}.jsonl"))
+                for row in _rows(path)
+            ),
+        )
+    codes = ",".join(size.languages)
+    mlalign(log, "prepare", "massive", data / "massive", folder / "words", "--format", "plain", "--languages", codes)
+    for language in {*size.languages} - {*size.supervised}:
+        (folder / f"words/train.{language}.jsonl").unlink(missing_ok=True)
+    against = ["--dev", 50, "--against", folder / "held_out/*.jsonl"]
+    pairs = ["en", *(language for language in size.supervised if language != "en"), *size.aligned]
+    mlalign(
+        log, "prepare", "bitext", data / "massive_text", folder / "massive", *against,
+        "--against", folder / "types/train.*.jsonl", "--languages", ",".join(locales[each].stem for each in pairs),
+    )  # fmt: skip
+    tatoeba = _files(data / "tatoeba", [each for each in pairs if each != "en"])
+    codes = ",".join(["eng", *(path.stem.split("-")[0] for path in tatoeba.values())])
+    mlalign(log, "prepare", "bitext", data / "tatoeba", folder / "tatoeba", *against, "--languages", codes)
+    for language, path in _files(data / "massive", size.languages, "*.dev.jsonl").items():
+        rows = [{"id": row["id"], "text": row["utt"]} for row in _rows(path)]
+        _write(folder / f"parallel/{language}.jsonl", rows[:PROBE_SENTENCES])
+    (folder / "done").touch()
+
+
+def base_model(data: Path, folder: Path, size: Size, seed: int) -> None:
+    """Pretrain the base model on unlabelled text of all languages of `size` and save it, unless it is there.
+
+    Among the sentences are made-up answers in random order, beside no utterance: words that are nowhere else in the
+    text would be letters to the model.
+    """
+    if folder.exists():
+        say(f"kept from an earlier start: {folder}")
+        return
+    sentences = [text for language in size.languages for text in _texts(data, language)]
+    intents, types = labels(data)
+    rng = random.Random(seed)
+    for _ in range(len(sentences) // 20):
+        chosen = sorted(rng.sample(types, rng.choice([0, 1, 1, 2, 3])))
+        sentences.append(f"{ARROW.strip()} {'; '.join([rng.choice(intents), *chosen])}")
+    say(f"base model: {len(sentences):,} sentences in {len(size.languages)} languages, {size.base_steps:,} steps")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("base model", total=size.base_steps)
+
+        def progress(step: int, loss: float) -> None:
+            bar.update(task, completed=step)
+            if step % 250 == 0:
+                say(f"step {step:,}/{size.base_steps:,}  loss {loss:.3f}")
+
+        train_base(
+            sentences, folder, seed, size.shape, steps=size.base_steps, batch_size=32, device=device, progress=progress
+        )
+
+
+def labels(data: Path) -> tuple[list[str], list[str]]:
+    """Intents and slot types of the task, sorted."""
+    rows = list(_rows(_files(data / "massive", ["en"], "*.train.jsonl")["en"]))
+    return sorted({row["intent"] for row in rows}), sorted({slot["type"] for row in rows for slot in row["slots"]})
+
+
+def _write_types(data: Path, folder: Path, size: Size) -> None:
+    wanted = {"train": size.supervised, "dev": size.languages, "test": size.languages}
+    for split, languages in wanted.items():
+        for language, path in _files(data / "massive", languages, f"*.{split}.jsonl").items():
+            rows = (
+                {
+                    "id": row["id"],
+                    "lang": language,
+                    "prompt": row["utt"] + ARROW,
+                    "completion": " " + "; ".join([row["intent"], *sorted({slot["type"] for slot in row["slots"]})]),
+                    "text": row["utt"],
+                }
+                for row in _rows(path)
+            )
+            _write(folder / f"{split}.{language}.jsonl", rows)
+
+
+def _texts(data: Path, language: str) -> Iterator[str]:
+    """Unlabelled sentences of a language; English ones from the other side of all bitext."""
+    yield from (row["utt"] for row in _rows(_files(data / "massive_text", [language])[language]))
+    if language == "en":
+        return
+    for path in (data / "tatoeba").glob("*-eng.jsonl"):
+        if language_of(path.stem.split("-")[0]) == language:
+            yield from (row[side] for row in _rows(path) for side in ("src", "tgt"))
+
+
+def _files(folder: Path, languages: list[str] | tuple[str, ...], pattern: str = "*.jsonl") -> dict[str, Path]:
+    """Language -> its file in `folder`. Raises UserError where there is none."""
+    found = {language_of(path.name.split(".")[0].removesuffix("-eng")): path for path in folder.glob(pattern)}
+    for language in languages:
+        if language not in found:
+            raise UserError(f"{folder} has no {pattern} of language {language}: see benchmarks/transfer/README.md")
+    return {language: found[language] for language in languages}
+
+
+def _rows(path: Path) -> Iterator[dict]:
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def _write(path: Path, rows: "Iterator[dict] | list[dict]") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

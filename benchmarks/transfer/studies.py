@@ -1,0 +1,120 @@
+"""What is compared: a study is a list of arms, an arm a few changes to recipe.yaml.
+
+Arms that several studies share are trained once.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train. {data} in a change is the directory that material.py fills."""
+
+    name: str
+    changes: tuple[str, ...] = ()  #: overrides of recipe.yaml, as on the command line
+    parts: tuple["Arm", "Arm"] | None = None  #: merged from a task adapter and an alignment adapter
+    x: float | None = field(default=None, compare=False)  #: where it stands on the axis of its study's curve
+    answers: str = "types"  #: folder of the task's rows: types, or words as in the paper
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms side by side; the first is what the others are compared with."""
+
+    name: str
+    title: str
+    arms: tuple[Arm, ...]
+    axis: str | None = None  #: label of `Arm.x`; None = bars
+
+
+def _bitext(name: str, languages: str = "*") -> tuple[str, ...]:
+    return tuple(f"alignment.{split}=[{{data}}/{name}/{split}.{languages}.jsonl]" for split in ("train", "dev"))
+
+
+NO_ALIGNMENT = ("alignment=null", "interleave.ratio=1:0")
+
+#: As the paper's code: one objective per micro-batch, InfoNCE one way, negatives of the micro-batch only. A step holds
+#: as many rows and pairs as one of ours.
+AUTHORS = (
+    "task.batch_size=16",
+    "task.micro_batch_size=16",
+    "alignment.batch_size=32",
+    "alignment.micro_batch_size=32",
+    "alignment.infonce=one_way",
+    "alignment.negatives=local",
+    "alignment.positives=pair",
+    "interleave.mode=micro_batch",
+    "interleave.micro_batches=4",
+)
+
+_MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj,lm_head"
+#: Without the LM head a model this small hardly learns the task by LoRA.
+ADAPTERS = (f"lora={{{{r: 64, alpha: 128, dropout: 0.0, target_modules: [{_MODULES}]}}}}", "optimizer.lr=2e-3")
+
+TASK_ONLY = Arm("task only", NO_ALIGNMENT)
+ALIGNED = Arm("aligned")
+TATOEBA = Arm("aligned, Tatoeba", _bitext("tatoeba"))
+PAPER = Arm("authors' objective", AUTHORS)
+TASK_ADAPTER = Arm("task adapter", (*NO_ALIGNMENT, *ADAPTERS))
+JOINT_ADAPTER = Arm("joint adapter", ADAPTERS)
+ALIGNMENT_ADAPTER = Arm("alignment adapter", ("task=null", "interleave.ratio=0:1", *ADAPTERS))
+MERGED = Arm("merged adapters", parts=(TASK_ADAPTER, ALIGNMENT_ADAPTER))
+
+
+def _local(pairs: int) -> Arm:
+    """As on 64 / `pairs` ranks, each of which contrasts its own pairs alone."""
+    changes = (f"alignment.micro_batch_size={pairs}", "alignment.negatives=local")
+    return Arm(f"local, {64 // pairs} x {pairs}", changes)
+
+
+def _each(name: str, key: str, values: tuple[float, ...], default: float | None = None) -> tuple[Arm, ...]:
+    """An arm for each value of a key; the recipe's own is the arm that other studies have too."""
+    return tuple(
+        Arm(ALIGNED.name, x=value) if value == default else Arm(f"{name} {value:g}", (f"{key}={value:g}",), x=value)
+        for value in values
+    )
+
+
+def _batch(pairs: int) -> Arm:
+    if pairs == 64:
+        return Arm(ALIGNED.name, x=pairs)
+    changes = (f"alignment.batch_size={pairs}", f"alignment.micro_batch_size={min(pairs, 64)}")
+    return Arm(f"batch {pairs}", changes, x=pairs)
+
+
+STUDIES = {
+    study.name: study
+    for study in (
+        Study("main", "The task alone, and aligned", (TASK_ONLY, ALIGNED, TATOEBA, PAPER)),
+        Study("merged", "Adapters: trained together, or apart and merged", (TASK_ADAPTER, JOINT_ADAPTER, MERGED)),
+        Study("layer", "The layer of alignment", _each("layer", "alignment.layer", (1, 2, 4, 6, 8)), "layer"),
+        Study(
+            "weight",
+            "The weight of alignment",
+            _each("weight", "alignment.weight", (0.03, 0.1, 0.3, 1, 3), 1),
+            "weight",
+        ),
+        Study("batch", "Pairs of a batch", tuple(map(_batch, (8, 16, 32, 64, 128, 256))), "pairs of a batch"),
+        Study(
+            "negatives",
+            "Which pairs are negatives of which",
+            (
+                ALIGNED,
+                _local(32),
+                _local(16),
+                Arm("positives by pair", ("alignment.positives=pair",)),
+                Arm("one way", ("alignment.infonce=one_way",)),
+            ),
+        ),
+        Study(
+            "cost",
+            "The same compute",
+            (TASK_ONLY, Arm("task only, 2 x steps", (*NO_ALIGNMENT, "optimizer.steps={twice}")), ALIGNED),
+        ),
+        Study(
+            "words",
+            "Answers in words of the utterance, as in the paper",
+            (Arm("task only, words", NO_ALIGNMENT, answers="words"), Arm("aligned, words", answers="words")),
+        ),
+    )
+}
