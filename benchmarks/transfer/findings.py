@@ -41,21 +41,27 @@ def members(setting: Setting, languages: list[str]) -> dict[str, list[str]]:
     }
 
 
-def retrieval(measured: dict, setting: Setting) -> dict[str, list[float]]:
-    """Group -> accuracy by layer, mean over its languages and both directions, from and to English."""
+def by_language(measured: dict) -> dict[str, np.ndarray]:
+    """Language -> accuracy by layer, [layers + 1]: mean of both directions, from and to English."""
     languages, accuracy = measured["languages"], np.array(measured["directions"], dtype=float)
     english = languages.index("en")
-    found = {}
-    for group, names in members(setting, languages).items():
-        places = [languages.index(name) for name in names if name != "en"]
-        if places:
-            both = (accuracy[:, places, english] + accuracy[:, english, places]) / 2
-            found[group] = both.mean(1).tolist()
-    return found
+    return {
+        name: (accuracy[:, place, english] + accuracy[:, english, place]) / 2
+        for place, name in enumerate(languages)
+        if name != "en"
+    }
 
 
-def collect(study: Study, seeds: list[int], setting: Setting, layer: int) -> dict[str, dict]:
-    """Arm -> what its cells say: `f1` by group and language, `retrieval` by group at `layer`, one value a seed."""
+def retrieval(measured: dict, setting: Setting) -> dict[str, list[float]]:
+    """Group -> accuracy by layer, mean over its languages and both directions, from and to English."""
+    accuracy = by_language(measured)
+    groups = members(setting, list(accuracy))
+    return {group: np.mean([accuracy[name] for name in names], 0).tolist() for group, names in groups.items() if names}
+
+
+def collect(study: Study, seeds: list[int], setting: Setting) -> dict[str, dict]:
+    """Arm -> what its cells say, one value a seed: F1 by group and by language, retrieval at the layer of alignment."""
+    layer = setting.layer
     found = {}
     for arm in study.arms:
         cells = [cell for seed in seeds if (cell := Cell(arm, seed).result(setting))]
@@ -68,21 +74,43 @@ def collect(study: Study, seeds: list[int], setting: Setting, layer: int) -> dic
             "f1": {name: [cell["groups"][name] for cell in cells] for name in GROUPS if name in cells[0]["groups"]},
             "languages": {name: [cell["f1"][name] for cell in cells] for name in cells[0]["f1"]},
             "retrieval": {name: [each[name][layer] for each in by_layer] for name in by_layer[0]},
+            "language_retrieval": {
+                name: [float(by_language(cell["retrieval"])[name][layer]) for cell in cells]
+                for name in by_language(cells[0]["retrieval"])
+            },
             "by_layer": {name: np.mean([each[name] for each in by_layer], axis=0).tolist() for name in by_layer[0]},
             "seconds": [cell["seconds"]["training"] for cell in cells],
         }
     return found
 
 
-def write(study: Study, found: dict[str, dict], base: dict[str, list[float]], layer: int, folder: Path) -> None:
-    """<study>.md, .json and .png into `folder`, of a study with at least one arm done."""
+def write(study: Study, found: dict[str, dict], measured: dict, setting: Setting, folder: Path) -> None:
+    """<study>.md, .json and .png into `folder`, of a study with at least one arm done.
+
+    Args: measured: retrieval of the base model, as `cells.probe` returns it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    layer, base = setting.layer, retrieval(measured, setting)
     content = {"study": study.name, "layer": layer, "base_retrieval": base, "arms": found}
-    (folder / f"{study.name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    (folder / f"{study.name}.md").write_text(table(study, found, base, layer))
-    (_curve if study.axis else _bars)(study, found, folder / f"{study.name}.png")
+    text = table(study, found, base, layer)
     if study.name == "main":
+        text += correlations(found, {name: values[layer] for name, values in by_language(measured).items()})
         _by_layer(found, base, layer, folder / "retrieval.png")
+    (folder / f"{study.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / f"{study.name}.md").write_text(text)
+    (_curve if study.axis else _bars)(study, found, folder / f"{study.name}.png")
+
+
+def correlations(found: dict[str, dict], base: dict[str, float]) -> str:
+    """Pearson's r over languages, F1 against the base model's retrieval accuracy and against the trained one's."""
+    names = [name for name in base if all(name in arm["languages"] for arm in found.values())]
+    rows = []
+    for arm, values in found.items():
+        f1 = [np.mean(values["languages"][name]) for name in names]
+        after = [np.mean(values["language_retrieval"][name]) for name in names]
+        rows.append([arm, *(f"{stats.pearsonr(x, f1).statistic:.2f}" for x in ([base[name] for name in names], after))])
+    head = ["r of F1 with retrieval", "of the base model", "of the trained model"]
+    return "\n".join([f"\nOver the {len(names)} languages that are not English:\n", *_markdown(head, rows), ""])
 
 
 def table(study: Study, found: dict[str, dict], base: dict[str, list[float]], layer: int) -> str:
@@ -96,9 +124,7 @@ def table(study: Study, found: dict[str, dict], base: dict[str, list[float]], la
         accuracy = [_cell(arm["retrieval"][group]) for group in others]
         rows.append([name, str(len(arm["seeds"])), *f1, *accuracy, f"{np.mean(arm['seconds']):.0f}"])
     languages = list(next(iter(found.values()))["languages"])
-    by_language = [
-        [name, *(f"{np.mean(arm['languages'][each]):.3f}" for each in languages)] for name, arm in found.items()
-    ]
+    f1 = [[name, *(f"{np.mean(arm['languages'][each]):.3f}" for each in languages)] for name, arm in found.items()]
     return "\n".join(
         [
             f"# {study.title}",
@@ -108,7 +134,7 @@ def table(study: Study, found: dict[str, dict], base: dict[str, list[float]], la
             f"Means over seeds, with 95% intervals (Student's t). Retrieval: accuracy at layer {layer}, to and from "
             "English. Seconds: of training, on one core where two cells run side by side.",
             "",
-            *_markdown(["F1", *languages], by_language),
+            *_markdown(["F1", *languages], f1),
             "",
         ]
     )
@@ -146,7 +172,7 @@ def _bars(study: Study, found: dict[str, dict], path: Path) -> None:
         for place, each in zip(places, values):
             axis.plot([place] * len(each), each, "k.", markersize=3)
     axis.set_xticks(range(len(found)), list(found))
-    axis.set(ylabel="F1 (items: intent and slot types)", ylim=(0, None), title=study.title)
+    axis.set(ylabel="F1", ylim=(0, 1.15 * axis.get_ylim()[1]), title=study.title)
     axis.legend(frameon=False, ncols=len(groups), loc="upper right")
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -155,7 +181,7 @@ def _bars(study: Study, found: dict[str, dict], path: Path) -> None:
 def _curve(study: Study, found: dict[str, dict], path: Path) -> None:
     """F1 and retrieval accuracy against what the arms vary, with intervals."""
     arms = sorted(found.values(), key=lambda arm: arm["x"])
-    x = [arm["x"] for arm in arms]
+    places = range(len(arms))
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharex=True)
     for axis, measure, label in zip(axes, ("f1", "retrieval"), ("F1", "retrieval accuracy, to and from English")):
         for group in GROUPS:
@@ -163,14 +189,12 @@ def _curve(study: Study, found: dict[str, dict], path: Path) -> None:
                 continue
             means, halves = zip(*(interval(arm[measure][group]) for arm in arms))
             axis.errorbar(
-                x, means, np.nan_to_num(halves), color=_COLOURS[group] if group != "supervised" else "#777777",
+                places, means, np.nan_to_num(halves), color=_COLOURS[group] if group != "supervised" else "#777777",
                 marker=_MARKERS[group], capsize=3, label=group,
             )  # fmt: skip
         axis.set(xlabel=study.axis, ylabel=label, ylim=(0, None))
         axis.grid(alpha=0.3)
-        if x[-1] > 16 * x[0]:
-            axis.set_xscale("log", base=2)
-        axis.set_xticks(x, [f"{each:g}" for each in x])
+        axis.set_xticks(places, [f"{arm['x']:g}" for arm in arms])
     axes[0].legend(frameon=False)
     figure.suptitle(study.title, fontsize=11)
     figure.savefig(path, dpi=130)

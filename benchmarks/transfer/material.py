@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from cells import mlalign
 from rich.progress import Progress
+from studies import LANGUAGES, PAIRS, Study
 
 from mlalign.base_model import Shape, train_base
 from mlalign.errors import UserError
@@ -76,45 +77,48 @@ SIZES = {
 }
 
 
-def prepare(data: Path, folder: Path, size: Size) -> None:
-    """Fill `folder` with types/, words/, tatoeba/, massive/ and parallel/, unless they are there.
+def prepare(data: Path, folder: Path, size: Size, studies: list[Study]) -> None:
+    """Fill `folder` with types/, words/, parallel/ and bitext; what `mlalign prepare` has finished there is kept.
 
     types/ has the answers that carry over in a tiny model, an intent and slot types, which are the same in every
     language; words/ the paper's, slots with words of the utterance. massive/ is bitext of the task's own domain,
-    without any labelled utterance.
+    without any labelled utterance, tatoeba/ is not. massive-pairs-N has N pairs of each language, massive-languages-N
+    the first N languages; they are made for `studies` that want them.
     Raises UserError where `data` lacks a file.
     """
-    if (folder / "done").exists():
-        return
     _write_types(data, folder / "types", size)
-    locales = _files(data / "massive_text", size.languages)
-    log = folder / "prepare.log"
-    for split in ("dev", "test"):
-        _write(
-            folder / f"held_out/{split}.jsonl",
-            (
-                {"text": row["utt"]}
-                for path in sorted((data / "massive").glob(f"*.{split}.jsonl"))
-                for row in _rows(path)
-            ),
-        )
-    codes = ",".join(size.languages)
-    mlalign(log, "prepare", "massive", data / "massive", folder / "words", "--format", "plain", "--languages", codes)
-    for language in {*size.languages} - {*size.supervised}:
-        (folder / f"words/train.{language}.jsonl").unlink(missing_ok=True)
-    against = ["--dev", 50, "--against", folder / "held_out/*.jsonl"]
-    pairs = ["en", *(language for language in size.supervised if language != "en"), *size.aligned]
-    mlalign(
-        log, "prepare", "bitext", data / "massive_text", folder / "massive", *against,
-        "--against", folder / "types/train.*.jsonl", "--languages", ",".join(locales[each].stem for each in pairs),
-    )  # fmt: skip
-    tatoeba = _files(data / "tatoeba", [each for each in pairs if each != "en"])
-    codes = ",".join(["eng", *(path.stem.split("-")[0] for path in tatoeba.values())])
-    mlalign(log, "prepare", "bitext", data / "tatoeba", folder / "tatoeba", *against, "--languages", codes)
     for language, path in _files(data / "massive", size.languages, "*.dev.jsonl").items():
         rows = [{"id": row["id"], "text": row["utt"]} for row in _rows(path)]
         _write(folder / f"parallel/{language}.jsonl", rows[:PROBE_SENTENCES])
-    (folder / "done").touch()
+    for split in ("dev", "test"):
+        paths = sorted((data / "massive").glob(f"*.{split}.jsonl"))
+        _write(folder / f"held_out/{split}.jsonl", ({"text": row["utt"]} for path in paths for row in _rows(path)))
+
+    _prepare(folder, "words", "massive", data / "massive", "--format", "plain", "--languages", ",".join(size.languages))
+    for language in {*size.languages} - {*size.supervised}:
+        (folder / f"words/train.{language}.jsonl").unlink(missing_ok=True)
+    labelled = [language for language in size.supervised if language != "en"]
+    options = ["--dev", 50, "--against", folder / "held_out/*.jsonl", "--languages"]
+    files = _files(data / "tatoeba", [*labelled, *size.aligned], "*-eng.jsonl")
+    codes = ["eng", *(path.stem.removesuffix("-eng") for path in files.values())]
+    _prepare(folder, "tatoeba", "bitext", data / "tatoeba", *options, ",".join(codes))
+
+    files = _files(data / "massive_text", ["en", *labelled, *size.aligned])
+    codes = [path.stem for path in files.values()]
+    subsets = {"massive": (codes, [])}
+    subsets |= {f"massive-pairs-{pairs}": (codes, ["--max-rows", pairs]) for pairs in PAIRS}
+    subsets |= {f"massive-languages-{number}": (codes[: 1 + len(labelled) + number], []) for number in LANGUAGES}
+    wanted = [change for study in studies for arm in study.arms for change in arm.changes]
+    for name, (chosen, more) in subsets.items():
+        if name == "massive" or any(f"/{name}/" in change for change in wanted):
+            more = ["--against", folder / "types/train.*.jsonl", *more]
+            _prepare(folder, name, "bitext", data / "massive_text", *options, ",".join(chosen), *more)
+
+
+def _prepare(folder: Path, name: str, dataset: str, *arguments: object) -> None:
+    if not (folder / name / "prepare.json").exists():
+        source, *options = arguments
+        mlalign(folder / "prepare.log", "prepare", dataset, source, folder / name, *options)
 
 
 def base_model(data: Path, folder: Path, size: Size, seed: int) -> None:
@@ -130,7 +134,7 @@ def base_model(data: Path, folder: Path, size: Size, seed: int) -> None:
     intents, types = labels(data)
     rng = random.Random(seed)
     for _ in range(len(sentences) // 20):
-        chosen = sorted(rng.sample(types, rng.choice([0, 1, 1, 2, 3])))
+        chosen = sorted(rng.sample(types, min(len(types), rng.choice([0, 1, 1, 2, 3]))))
         sentences.append(f"{ARROW.strip()} {'; '.join([rng.choice(intents), *chosen])}")
     say(f"base model: {len(sentences):,} sentences in {len(size.languages)} languages, {size.base_steps:,} steps")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -31,6 +31,9 @@ def _bitext(name: str, languages: str = "*") -> tuple[str, ...]:
     return tuple(f"alignment.{split}=[{{data}}/{name}/{split}.{languages}.jsonl]" for split in ("train", "dev"))
 
 
+PAIRS = (50, 200, 1000)  #: of each language, beside all there are
+LANGUAGES = (1, 2, 3)  #: in the bitext, beside all there are
+
 NO_ALIGNMENT = ("alignment=null", "interleave.ratio=1:0")
 
 #: As the paper's code: one objective per micro-batch, InfoNCE one way, negatives of the micro-batch only. A step holds
@@ -95,6 +98,26 @@ STUDIES = {
             "weight",
         ),
         Study("batch", "Pairs of a batch", tuple(map(_batch, (8, 16, 32, 64, 128, 256))), "pairs of a batch"),
+        Study(
+            "pairs",
+            "How much bitext",
+            (
+                Arm(TASK_ONLY.name, NO_ALIGNMENT, x=0),
+                *(Arm(f"{pairs} pairs", _bitext(f"massive-pairs-{pairs}"), x=pairs) for pairs in PAIRS),
+                Arm(ALIGNED.name, x=6000),
+            ),
+            "pairs of a language (6000: all)",
+        ),
+        Study(
+            "languages",
+            "How many languages are aligned",
+            (
+                Arm(TASK_ONLY.name, NO_ALIGNMENT, x=0),
+                *(Arm(f"{n} aligned", _bitext(f"massive-languages-{n}"), x=n) for n in LANGUAGES),
+                Arm(ALIGNED.name, x=5),
+            ),
+            "languages in the bitext",
+        ),
         Study(
             "negatives",
             "Which pairs are negatives of which",

@@ -70,7 +70,7 @@ def run(studies: list[Study], options: argparse.Namespace) -> None:
     deadline = start + 60 * options.budget_minutes - 15  # to draw
     _claim(options)
     announce("rows, bitext and parallel text")
-    material.prepare(options.data, options.output / "data", size)
+    material.prepare(options.data, options.output / "data", size, studies)
     if options.model is None:
         torch.set_num_threads(os.cpu_count() or 1)
         material.base_model(options.data, options.output / "base", size, seed=0)
@@ -87,16 +87,15 @@ def run(studies: list[Study], options: argparse.Namespace) -> None:
     )
     announce("the base model's retrieval")
     measured = probe(options.output / "base_probe.log", setting, options.output / "base_probe", base)
-    before = findings.retrieval(measured, setting)
 
     cells = order(studies, options.seeds)
     missing = sum(cell.result(setting) is None for cell in cells)
     announce(f"{len(cells)} cells of {len(studies)} studies, {missing} to do, {options.jobs} at a time")
     run_all(cells, setting, options.jobs, _shown)
     for study in studies:
-        found = findings.collect(study, list(range(1, options.seeds + 1)), setting, layer)
+        found = findings.collect(study, list(range(1, options.seeds + 1)), setting)
         if found:
-            findings.write(study, found, before, layer, options.output)
+            findings.write(study, found, measured, setting, options.output)
             console.print(Markdown((options.output / f"{study.name}.md").read_text()))
     left = sum(cell.result(setting) is None for cell in cells)
     if left:

@@ -1,0 +1,259 @@
+"""benchmarks/transfer: from a little made-up data to tables and pictures, by mlalign's own commands."""
+
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "transfer"))
+
+import cells
+import findings
+import material
+import study
+from cells import Cell, OutOfTimeError, Setting
+from studies import ALIGNED, MERGED, STUDIES, TASK_ONLY, Arm, Study
+
+from mlalign.base_model import Shape
+from mlalign.errors import UserError
+
+WORDS = {  # of one meaning in a place
+    "en-US": "wake me at, play music by, nine, ten, noon, anna, peter, abba, please, now, today",
+    "de-DE": "weck mich um, spiel musik von, neun, zehn, mittag, anna, peter, abba, bitte, jetzt, heute",
+    "es-ES": "despierta a las, pon musica de, nueve, diez, mediodia, ana, pedro, abba, gracias, ahora, hoy",
+    "fr-FR": "reveille moi a, joue la musique de, neuf, dix, midi, anne, pierre, abba, merci, vite, lundi",
+    "sw-KE": "niamshe saa, cheza muziki wa, tatu, nne, sita, ana, petro, abba, tafadhali, sasa, leo",
+    "tr-TR": "beni uyandir, muzik cal, dokuz, on, ogle, ayse, ali, abba, lutfen, simdi, bugun",
+    "af-ZA": "maak my wakker om, speel musiek van, nege, tien, middag, anna, piet, abba, asseblief, nou, vandag",
+    "az-AZ": "meni oyat, musiqi cal, doqquz, on bir, gunorta, anna, eli, abba, xahis, indi, bu gun",
+}
+TATOEBA = {
+    "de-DE": "deu",
+    "es-ES": "spa",
+    "fr-FR": "fra",
+    "sw-KE": "swh",
+    "tr-TR": "tur",
+    "af-ZA": "afr",
+    "az-AZ": "aze",
+}
+
+
+def utterance(locale: str, number: int) -> dict:
+    """Number n says the same in every language."""
+    rng, words = random.Random(number), WORDS[locale].split(", ")
+    kind = rng.randrange(2)
+    value, tail = rng.randrange(3), [rng.randrange(3) for _ in range(4)]
+    name, text = ("time", words[2 + value]) if kind == 0 else ("artist_name", words[5 + value])
+    ending = " ".join(words[8 + each] for each in tail)
+    start = f"{words[kind]} "
+    return {
+        "id": f"massive-{number}",
+        "locale": locale,
+        "scenario": "alarm",
+        "intent": ("alarm_set", "play_music")[kind],
+        "utt": f"{start}{text} {ending}",
+        "annot_utt": f"{start}[{name} : {text}] {ending}",
+        "slots": [{"type": name, "value": text, "start": len(start), "end": len(start) + len(text)}],
+    }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("public")
+    numbers = {"dev": range(30), "test": range(100, 130), "train": range(200, 260), "text": range(200, 500)}
+    for locale in WORDS:
+        for split, ids in numbers.items():
+            rows = [utterance(locale, number) | {"partition": split} for number in ids]
+            path = folder / f"massive/{locale}.{split}.jsonl"
+            if split == "text":
+                path, rows = (
+                    folder / f"massive_text/{locale}.jsonl",
+                    [{k: r[k] for k in ("id", "locale", "utt")} for r in rows],
+                )
+            elif split == "train" and locale != "en-US":
+                continue
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tatoeba").mkdir()
+    for locale, code in TATOEBA.items():
+        rows = [
+            {
+                "id": f"{code}-{number}",
+                "src_lang": code,
+                "tgt_lang": "eng",
+                "src": utterance(locale, number)["utt"],
+                "tgt": utterance("en-US", number)["utt"],
+            }
+            for number in range(1000, 1200)
+        ]
+        (folder / f"tatoeba/{code}-eng.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+TINY = Shape(hidden=32, intermediate=64, layers=4, heads=2, vocabulary=400, max_tokens=128)
+
+
+@pytest.fixture
+def run_study(monkeypatch, data, tmp_path):
+    """Runs the command with a size of its own; returns its output directory."""
+    size = material.Size(TINY, 10, 3, ("en",), ("de", "es", "fr", "sw", "tr"), ("af", "az"), 5)
+    monkeypatch.setitem(material.SIZES, "tiny", size)
+
+    def run(*options: str) -> Path:
+        output = tmp_path / "study"
+        words = ["study.py", *options, "--size", "tiny", "--data", str(data), "--output", str(output), "--jobs", "2"]
+        monkeypatch.setattr(sys, "argv", words)
+        study.main()
+        return output
+
+    return run
+
+
+@pytest.mark.timeout(600)
+def test_from_data_to_tables_and_pictures(run_study, monkeypatch, capfd):
+    """All that a user sees; and a second start does nothing again."""
+    small = Study("small", "A small study", (TASK_ONLY, ALIGNED))
+    monkeypatch.setitem(STUDIES, "small", small)
+    output = run_study("small", "--seeds", "1")
+    table = (output / "small.md").read_text()
+    assert "| task only | 1 |" in table and "| aligned | 1 |" in table
+    assert (output / "small.png").stat().st_size > 5000
+    content = json.loads((output / "small.json").read_text())
+    arm = content["arms"]["aligned"]
+    assert arm["f1"].keys() == {"supervised", "aligned", "unseen"}
+    assert len(arm["languages"]) == 8 and len(arm["by_layer"]["aligned"]) == 5
+    log = (output / "cells/aligned/seed-1/commands.log").read_text()
+    assert [line.split()[2] for line in log.splitlines() if line.startswith("$")] == ["train", "evaluate", "probe"]
+    assert content["base_retrieval"].keys() == {"aligned", "unseen"}
+
+    before = {path: path.stat().st_mtime_ns for path in output.glob("cells/*/*/*/*")}
+    run_study("small", "--seeds", "1")
+    assert before == {path: path.stat().st_mtime_ns for path in output.glob("cells/*/*/*/*")}
+    assert "0 to do" in capfd.readouterr().out
+    with pytest.raises(SystemExit, match=r"holds a study with other settings"):
+        run_study("small", "--model", "elsewhere")
+
+
+def test_no_labelled_or_held_out_utterance_is_in_the_bitext(run_study, data, monkeypatch):
+    monkeypatch.setattr(study, "run_all", lambda *_: None)
+    monkeypatch.setattr(study, "probe", lambda *_: {"languages": ["en", "de"], "directions": [[[None, 1], [1, None]]]})
+    output = run_study("main", "pairs")
+    assert len((output / "data/massive-pairs-50/train.de-DE-en-US.jsonl").read_text().splitlines()) == 50
+    pairs = [json.loads(line) for path in output.glob("data/*/train.*-*.jsonl") for line in path.open()]
+    assert {pair["src_lang"] for pair in pairs} == {
+        "de-DE",
+        "es-ES",
+        "fr-FR",
+        "sw-KE",
+        "tr-TR",
+        *list(TATOEBA.values())[:5],
+    }
+    english = {pair["tgt"] for pair in pairs}
+    labelled = {json.loads(line)["text"] for line in (output / "data/types/train.en.jsonl").open()}
+    held_out = {
+        json.loads(line)["utt"] for path in (data / "massive").glob("en-US.[dt]e*.jsonl") for line in path.open()
+    }
+    assert len(labelled) == 60 and len(held_out) == 60 and english
+    assert not english & (labelled | held_out)
+
+
+@pytest.mark.parametrize("options", [["nothing"], ["--seeds", "0"]])
+def test_mistakes_are_one_sentence(run_study, options):
+    with pytest.raises(SystemExit, match=r"study: error: (study nothing is none of|--seeds and --jobs must be)"):
+        run_study(*options)
+
+
+def test_missing_data_is_named(tmp_path):
+    size = material.SIZES["5m"]
+    with pytest.raises(UserError, match=r"massive has no \*\.train\.jsonl of language en"):
+        material.prepare(tmp_path, tmp_path / "out", size, [])
+
+
+# ------------------------------------------------------------------------------------------------------ order, budget
+
+
+def setting(folder: Path, **more) -> Setting:
+    return Setting(folder, folder, "base", 2, 4, ("en",), ("de",), 5, **more)
+
+
+def test_every_cell_comes_once_and_after_its_parts():
+    found = study.order([STUDIES["main"], STUDIES["merged"], STUDIES["cost"]], seeds=2)
+    assert len(found) == len(set(found)) == 2 * (4 + 4 + 1)
+    for cell in found:
+        assert all(found.index(part) < found.index(cell) for part in cell.parts())
+
+
+def test_arms_that_studies_share_are_one_cell():
+    assert Cell(Arm("aligned", x=64), 1) == Cell(ALIGNED, 1)
+
+
+def finish(cell: Cell, where: Setting) -> dict:
+    cell.folder(where).mkdir(parents=True)
+    (cell.folder(where) / "cell.json").write_text('{"done": 1}')
+    return {}
+
+
+def test_cells_wait_for_their_parts_and_the_budget_is_kept(tmp_path, monkeypatch):
+    done = []
+
+    def run(cell, where):
+        assert all(part.result(where) for part in cell.parts())
+        time.sleep(0.05)
+        done.append(cell)
+        return finish(cell, where)
+
+    monkeypatch.setattr(cells, "_run", run)
+    merged = Cell(MERGED, 1)
+    where = setting(tmp_path)
+    cells.run_all([merged, *merged.parts()], where, 2, lambda *_: None)
+    assert done[-1] == merged and len(done) == 3
+    late = setting(tmp_path, deadline=time.monotonic())
+    cells.run_all([Cell(TASK_ONLY, 1)], late, 2, lambda *_: None)
+    assert len(done) == 3
+
+
+def test_a_command_is_stopped_when_the_budget_ends(tmp_path):
+    where = setting(tmp_path, deadline=time.monotonic() + 0.5)
+    with pytest.raises(OutOfTimeError):
+        cells.mlalign(tmp_path / "log", "doctor", setting=where)
+
+
+def test_a_command_that_fails_is_named_and_others_end(tmp_path, monkeypatch):
+    with pytest.raises(
+        UserError, match=r"`mlalign train .*nowhere.yaml \.\.\.` failed with exit code 2, see .*does not exist"
+    ):
+        cells.mlalign(tmp_path / "log", "train", tmp_path / "nowhere.yaml")
+
+
+# ----------------------------------------------------------------------------------------------------------- findings
+
+
+def test_intervals_are_students():
+    values = [0.3, 0.35, 0.31, 0.4]
+    mean, half = findings.interval(values)
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    assert math.isnan(findings.interval([0.5])[1])
+
+
+def test_retrieval_is_to_and_from_english(tmp_path):
+    languages = ["af", "de", "en"]
+    accuracy = [[[None, 0.9, 0.2], [0.8, None, 0.5], [0.4, 0.7, None]]]
+    found = findings.retrieval({"languages": languages, "directions": accuracy}, setting(tmp_path))
+    assert found == {"aligned": [pytest.approx(0.6)], "unseen": [pytest.approx(0.3)]}
+
+
+def test_curves_are_drawn(tmp_path):
+    arm = {"seeds": [1, 2], "f1": {"aligned": [0.1, 0.2]}, "retrieval": {"aligned": [0.5, 0.6]}, "seconds": [1, 1]}
+    arm |= {"languages": {"de": [0.1, 0.2]}, "by_layer": {"aligned": [0.1] * 5}}
+    found = {f"layer {x}": arm | {"x": x} for x in (1, 2, 4)}
+    measured = {"languages": ["de", "en"], "directions": [[[None, 0.1], [0.1, None]]] * 5}
+    findings.write(STUDIES["layer"], found, measured, setting(tmp_path), tmp_path)
+    assert (tmp_path / "layer.png").stat().st_size > 5000
+    assert "| layer 2 | 2 | 0.150 ± 0.635 | 0.550 ± 0.635 | 1 |" in (tmp_path / "layer.md").read_text()
