@@ -102,10 +102,10 @@ def _run(cell: Cell, setting: Setting) -> dict:
     run = folder / "run"
     if arm.parts:
         task, alignment = (part.folder(setting) / "run" for part in cell.parts())
-        mlalign(
-            log, "merge", task, alignment, "--output", run, "--weight", "auto", "--grid", "0.2,0.35,0.5,0.65,0.8",
-            *_scoring(arm), "--dev", rows / "dev.*.jsonl", "--max-rows", 25, "--layers", setting.layer, setting=setting,
-        )  # fmt: skip
+        dev = [word for each in setting.supervised for word in ("--dev", rows / f"dev.{each}.jsonl")]
+        tuned = [*_scoring(arm), *dev, "--grid", "0.1,0.2,0.3,0.4,0.5,0.6,0.7"] if arm.merge == "auto" else []
+        weight = ["--weight", arm.merge, "--layers", setting.layer]
+        mlalign(log, "merge", task, alignment, "--output", run, *weight, *tuned, setting=setting)
     else:
         mlalign(log, "train", RECIPE, *_overrides(cell, setting, run), setting=setting)
     trained = time.monotonic() - start

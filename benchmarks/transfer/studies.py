@@ -13,6 +13,7 @@ class Arm:
     name: str
     changes: tuple[str, ...] = ()  #: overrides of recipe.yaml, as on the command line
     parts: tuple["Arm", "Arm"] | None = None  #: merged from a task adapter and an alignment adapter
+    merge: str = "auto"  #: the merge weight, or auto: tuned on dev rows of the supervised languages
     x: float | None = field(default=None, compare=False)  #: where it stands on the axis of its study's curve
     answers: str = "types"  #: folder of the task's rows: types, or words as in the paper
 
@@ -61,7 +62,8 @@ PAPER = Arm("authors' objective", AUTHORS)
 TASK_ADAPTER = Arm("task adapter", (*NO_ALIGNMENT, *ADAPTERS))
 JOINT_ADAPTER = Arm("joint adapter", ADAPTERS)
 ALIGNMENT_ADAPTER = Arm("alignment adapter", ("task=null", "interleave.ratio=0:1", *ADAPTERS))
-MERGED = Arm("merged adapters", parts=(TASK_ADAPTER, ALIGNMENT_ADAPTER))
+MERGED = Arm("merged, tuned", parts=(TASK_ADAPTER, ALIGNMENT_ADAPTER))
+HALVES = Arm("merged, halves", parts=(TASK_ADAPTER, ALIGNMENT_ADAPTER), merge="0.5")
 
 
 def _local(pairs: int) -> Arm:
@@ -89,7 +91,9 @@ STUDIES = {
     study.name: study
     for study in (
         Study("main", "The task alone, and aligned", (TASK_ONLY, ALIGNED, TATOEBA, PAPER)),
-        Study("merged", "Adapters: trained together, or apart and merged", (TASK_ADAPTER, JOINT_ADAPTER, MERGED)),
+        Study(
+            "merged", "Adapters: trained together, or apart and merged", (TASK_ADAPTER, JOINT_ADAPTER, MERGED, HALVES)
+        ),
         Study("layer", "The layer of alignment", _each("layer", "alignment.layer", (1, 2, 4, 6, 8)), "layer"),
         Study(
             "weight",
