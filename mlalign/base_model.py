@@ -4,10 +4,12 @@ Nothing in their training tells them which sentences are translations of each ot
 needs half the time of AdamW for the same loss here, all else by AdamW. An interrupted training goes on.
 """
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -70,7 +72,8 @@ def train_base(
     encoded = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(sentences)["input_ids"]]
 
     parts = [model, *optimizers, *schedules]
-    settings = {"seed": seed, "shape": asdict(shape), "steps": steps, "batch_size": batch_size, "rows": len(sentences)}
+    text = hashlib.blake2b("\n".join(sentences).encode()).hexdigest()
+    settings = {"seed": seed, "shape": asdict(shape), "steps": steps, "batch_size": batch_size, "text": text}
     done = _resume(aside / "state.pt", parts, settings)
     model.train()
     for step, batch in enumerate(_batches(encoded, batch_size, steps, seed), 1):
@@ -94,8 +97,9 @@ def train_base(
 
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    (aside / "state.pt").unlink(missing_ok=True)
     aside.rename(directory)
+    for name in ("state.pt", "state.new"):
+        (directory / name).unlink(missing_ok=True)
 
 
 def _keep(path: Path, step: int, parts: list, settings: dict) -> None:
@@ -105,10 +109,11 @@ def _keep(path: Path, step: int, parts: list, settings: dict) -> None:
 
 
 def _resume(path: Path, parts: list, settings: dict) -> int:
-    """Steps that an interrupted training had done, whose state is loaded into `parts`; 0 if there was none like it."""
-    if not path.exists():
+    """Steps that an interrupted training had done, its state put into `parts`; 0 if there is none to go on with."""
+    try:
+        state = torch.load(path, weights_only=True)
+    except (OSError, RuntimeError, UnpicklingError, EOFError):  # none, or one that a power cut left torn
         return 0
-    state = torch.load(path, weights_only=True)
     if state["settings"] != settings:
         return 0
     for part, values in zip(parts, state["parts"], strict=True):

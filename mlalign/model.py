@@ -221,8 +221,8 @@ def _with_adapter(lm: PreTrainedModel, adapter: str, model: str) -> PeftModel:
 def _changes_tied_weight(lm: PeftModel) -> bool:
     """Whether a LoRA delta lies on a weight that input embeddings and LM head share."""
     ends = lm.get_input_embeddings(), lm.get_output_embeddings()
-    first, second = (getattr(end, "base_layer", end).weight for end in ends)
-    return first is second and any(hasattr(end, "base_layer") for end in ends)
+    first, second = (getattr(getattr(end, "base_layer", end), "weight", None) for end in ends)
+    return first is not None and first is second and any(hasattr(end, "base_layer") for end in ends)
 
 
 # ------------------------------------------------------------------------------------------------- truncated forward

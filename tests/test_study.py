@@ -3,7 +3,9 @@
 import json
 import math
 import random
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from cells import Cell, OutOfTimeError, Setting
 from studies import ALIGNED, MERGED, STUDIES, TASK_ONLY, Arm, Study
 
 from mlalign.base_model import Shape
+from mlalign.config import load
 from mlalign.errors import UserError
 
 WORDS = {  # of one meaning in a place
@@ -193,10 +196,9 @@ def test_arms_that_studies_share_are_one_cell():
     assert Cell(Arm("aligned", x=64), 1) == Cell(ALIGNED, 1)
 
 
-def finish(cell: Cell, where: Setting) -> dict:
+def finish(cell: Cell, where: Setting) -> None:
     cell.folder(where).mkdir(parents=True)
-    (cell.folder(where) / "cell.json").write_text('{"done": 1}')
-    return {}
+    (cell.folder(where) / "cell.json").write_text(json.dumps({"made_by": cell.made_by()}))
 
 
 def test_cells_wait_for_their_parts_and_the_budget_is_kept(tmp_path, monkeypatch):
@@ -206,16 +208,66 @@ def test_cells_wait_for_their_parts_and_the_budget_is_kept(tmp_path, monkeypatch
         assert all(part.result(where) for part in cell.parts())
         time.sleep(0.05)
         done.append(cell)
-        return finish(cell, where)
+        finish(cell, where)
 
     monkeypatch.setattr(cells, "_run", run)
     merged = Cell(MERGED, 1)
     where = setting(tmp_path)
-    cells.run_all([merged, *merged.parts()], where, 2, lambda *_: None)
+    cells.run_all([merged, *merged.parts()], where, 2)
     assert done[-1] == merged and len(done) == 3
     late = setting(tmp_path, deadline=time.monotonic())
-    cells.run_all([Cell(TASK_ONLY, 1)], late, 2, lambda *_: None)
+    cells.run_all([Cell(TASK_ONLY, 1)], late, 2)
     assert len(done) == 3
+
+
+def test_a_failure_lets_the_others_end_and_starts_no_more(tmp_path, monkeypatch):
+    done = []
+
+    def run(cell, where):
+        if cell.seed == 1:
+            raise UserError("broken")
+        time.sleep(0.2)
+        done.append(cell.seed)
+        finish(cell, where)
+
+    monkeypatch.setattr(cells, "_run", run)
+    with pytest.raises(UserError, match="broken"):
+        cells.run_all([Cell(ALIGNED, seed) for seed in (1, 2, 3)], setting(tmp_path), 2)
+    assert done == [2]
+
+
+def test_ctrl_c_stops_what_runs(tmp_path, monkeypatch):
+    """Asked from outside, as by a scheduler; no command stays behind, and none is started after."""
+    monkeypatch.setattr(cells, "_run", lambda cell, where: cells.mlalign(tmp_path / "log", "doctor", setting=where))
+    where = setting(tmp_path)
+    threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        cells.run_all([Cell(ALIGNED, seed) for seed in (1, 2, 3)], where, 2)
+    assert not where.running
+    assert (tmp_path / "log").read_text().count("$ mlalign doctor") == 2
+
+
+def test_a_cell_of_another_arm_is_not_taken_for_this_one(tmp_path):
+    where = setting(tmp_path)
+    finish(Cell(ALIGNED, 1), where)
+    assert Cell(ALIGNED, 1).result(where)
+    with pytest.raises(UserError, match=r"aligned/seed-1/cell.json is of an arm .* made otherwise: remove"):
+        Cell(Arm("aligned", ("alignment.weight=2",)), 1).result(where)
+
+
+def test_the_weight_that_other_studies_share_is_the_recipes():
+    weight = load(cells.RECIPE).alignment.weight
+    assert next(arm.x for arm in STUDIES["weight"].arms if arm == ALIGNED) == f"{weight:g}"
+
+
+def test_seconds_of_stopped_tries_count(tmp_path):
+    for seconds in (0.2, 0.1):
+        with pytest.raises(OutOfTimeError), cells._counting(tmp_path / "seconds.json"):
+            time.sleep(seconds)
+            raise OutOfTimeError
+    with cells._counting(tmp_path / "seconds.json") as count:
+        pass
+    assert 0.3 <= count() < 1
 
 
 def test_a_command_is_stopped_when_the_budget_ends(tmp_path):
@@ -224,7 +276,7 @@ def test_a_command_is_stopped_when_the_budget_ends(tmp_path):
         cells.mlalign(tmp_path / "log", "doctor", setting=where)
 
 
-def test_a_command_that_fails_is_named_and_others_end(tmp_path, monkeypatch):
+def test_a_command_that_fails_is_named(tmp_path):
     with pytest.raises(
         UserError, match=r"`mlalign train .*nowhere.yaml \.\.\.` failed with exit code 2, see .*does not exist"
     ):
@@ -252,7 +304,7 @@ def test_retrieval_is_to_and_from_english(tmp_path):
 def test_curves_are_drawn(tmp_path):
     arm = {"seeds": [1, 2], "f1": {"aligned": [0.1, 0.2]}, "retrieval": {"aligned": [0.5, 0.6]}, "seconds": [1, 1]}
     arm |= {"languages": {"de": [0.1, 0.2]}, "by_layer": {"aligned": [0.1] * 5}}
-    found = {f"layer {x}": arm | {"x": x} for x in (1, 2, 4)}
+    found = {f"layer {x}": arm | {"x": str(x)} for x in (1, 2, 4)}
     measured = {"languages": ["de", "en"], "directions": [[[None, 0.1], [0.1, None]]] * 5}
     findings.write(STUDIES["layer"], found, measured, setting(tmp_path), tmp_path)
     assert (tmp_path / "layer.png").stat().st_size > 5000

@@ -12,16 +12,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from studies import Arm
 
 from mlalign.errors import UserError
+from mlalign.rundir import write_whole
 from mlalign.tracker import say
 
+GROUPS = ("supervised", "aligned", "unseen")
 RECIPE = Path(__file__).with_name("recipe.yaml")
 
 
@@ -39,6 +42,7 @@ class Setting:
     test_rows: int
     deadline: float = float("inf")  #: by time.monotonic; what runs then is stopped, to go on another time
     environment: dict[str, str] = field(default_factory=dict)
+    running: set[subprocess.Popen] = field(default_factory=set)
 
 
 class OutOfTimeError(Exception):
@@ -63,17 +67,27 @@ class Cell:
     def result(self, setting: Setting) -> dict | None:
         """What cell.json holds; None if the cell is not done."""
         path = self.folder(setting) / "cell.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        result = json.loads(path.read_text())
+        if result["made_by"] != self.made_by():
+            raise UserError(f"{path} is of an arm of this name that was made otherwise: remove {path.parent}")
+        return result
+
+    def made_by(self) -> list:
+        """What tells it from another arm of the same name; as in JSON."""
+        arm = self.arm
+        return [[*arm.changes], arm.answers, arm.merge, [part.made_by() for part in self.parts()]]
 
 
-def run_all(cells: list[Cell], setting: Setting, jobs: int, shown: Callable[[Cell, dict], None]) -> None:
-    """Run what is not done, `jobs` at a time, in order, until the deadline. `shown` is called for every cell that ends.
+def run_all(cells: list[Cell], setting: Setting, jobs: int) -> None:
+    """Run what is not done, `jobs` at a time, in order, until the deadline.
 
     Raises UserError where a command failed, after the cells that run beside it have ended.
     """
     pending = [cell for cell in cells if cell.result(setting) is None]
-    running = {}
-    with ThreadPoolExecutor(jobs) as pool:
+    running: dict[Future, Cell] = {}
+    with ThreadPoolExecutor(jobs) as pool, _stopping(setting):
         while True:
             for cell in list(pending):
                 ready = all(part.result(setting) for part in cell.parts())
@@ -83,9 +97,9 @@ def run_all(cells: list[Cell], setting: Setting, jobs: int, shown: Callable[[Cel
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                cell = running.pop(future)
+                del running[future]
                 try:
-                    shown(cell, future.result())
+                    future.result()
                 except OutOfTimeError:
                     pass
                 except UserError:
@@ -94,38 +108,66 @@ def run_all(cells: list[Cell], setting: Setting, jobs: int, shown: Callable[[Cel
                     raise
 
 
+@contextmanager
+def _stopping(setting: Setting) -> Iterator[None]:
+    """On Ctrl-C: no command is started any more, and those that run are asked to stop, which leaves them to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        setting.deadline = 0.0
+        for process in list(setting.running):
+            process.terminate()
+        raise
+
+
 def _run(cell: Cell, setting: Setting) -> dict:
     folder, start = cell.folder(setting), time.monotonic()
     log, arm = folder / "commands.log", cell.arm
     folder.mkdir(parents=True, exist_ok=True)
     rows = setting.data / arm.answers
     run = folder / "run"
-    if arm.parts:
-        task, alignment = (part.folder(setting) / "run" for part in cell.parts())
-        dev = [word for each in setting.supervised for word in ("--dev", rows / f"dev.{each}.jsonl")]
-        tuned = [*_scoring(arm), *dev, "--grid", "0.1,0.2,0.3,0.4,0.5,0.6,0.7"] if arm.merge == "auto" else []
-        weight = ["--weight", arm.merge, "--layers", setting.layer]
-        mlalign(log, "merge", task, alignment, "--output", run, *weight, *tuned, setting=setting)
-    else:
-        mlalign(log, "train", RECIPE, *_overrides(cell, setting, run), setting=setting)
-    trained = time.monotonic() - start
-    result = {"arm": arm.name, "seed": cell.seed, "seconds": {"training": trained}}
+    with _counting(folder / "seconds.json") as count:
+        if arm.parts:
+            task, alignment = (part.folder(setting) / "run" for part in cell.parts())
+            dev = [word for each in setting.supervised for word in ("--dev", rows / f"dev.{each}.jsonl")]
+            tuned = [*_scoring(arm), *dev, "--grid", "0.1,0.2,0.3,0.4,0.5,0.6,0.7"] if arm.merge == "auto" else []
+            weight = ["--weight", arm.merge, "--layers", setting.layer]
+            mlalign(log, "merge", task, alignment, "--output", run, *weight, *tuned, setting=setting)
+        else:
+            mlalign(log, "train", RECIPE, *_overrides(cell, setting, run), setting=setting)
+    seconds = count() + sum(part.result(setting)["seconds"] for part in cell.parts())
+    if not any(path.exists() for path in (run / "model", run / "adapter", run / "adapter_config.json")):
+        raise UserError(f"{run} is not whole: its command was stopped from outside, and the same one goes on")
     model = [run / "model"] if (run / "model").exists() else [setting.base, "--adapter", run]
+    result = {"arm": arm.name, "seed": cell.seed, "made_by": cell.made_by(), "seconds": seconds}
     if "task=null" not in arm.changes:
         mlalign(
             log, "evaluate", *model, "--test", rows / "test.*.jsonl", *_scoring(arm),
             "--output", folder / "evaluation", "--max-rows", setting.test_rows,
             "--supervised", ",".join(setting.supervised), "--aligned", ",".join(setting.aligned), setting=setting,
         )  # fmt: skip
-        report = json.loads((folder / "evaluation/report.json").read_text())
+        report = _read(folder / "evaluation/report.json")
         result["f1"] = report["scores"]["f1"]
         result["groups"] = {name: group["scores"]["f1"] for name, group in report["groups"].items()}
     result["retrieval"] = probe(log, setting, folder / "probe", *model)
-    result["seconds"]["whole"] = time.monotonic() - start
-    aside = folder / "cell.json.new"
-    aside.write_text(json.dumps(result, indent=1) + "\n")
-    aside.rename(folder / "cell.json")
+    write_whole(folder / "cell.json", json.dumps(result, indent=1) + "\n")
+    announce(f"{arm.name}, seed {cell.seed}: {_summary(result)}  ({time.monotonic() - start:.0f} s)")
     return result
+
+
+@contextmanager
+def _counting(path: Path) -> Iterator[Callable[[], float]]:
+    """Adds the seconds of the block to those of earlier tries, stopped ones too; what it yields says the sum."""
+    before, start = json.loads(path.read_text()) if path.exists() else 0.0, time.monotonic()
+    try:
+        yield lambda: json.loads(path.read_text())
+    finally:
+        write_whole(path, json.dumps(before + time.monotonic() - start))
+
+
+def _summary(result: dict) -> str:
+    groups = [f"{name} {result['groups'][name]:.3f}" for name in GROUPS if name in result.get("groups", {})]
+    return f"F1 {'  '.join(groups)}" if groups else "trained"
 
 
 def _scoring(arm: Arm) -> list[object]:
@@ -157,9 +199,16 @@ def _overrides(cell: Cell, setting: Setting, run: Path) -> list[str]:
 def probe(log: Path, setting: Setting, output: Path, *model: object) -> dict:
     """`languages`, and by `directions` the retrieval accuracy (cosine), [layers + 1][languages][languages]."""
     mlalign(log, "probe", *model, "--data", setting.data / "parallel", "--output", output, setting=setting)
-    found = json.loads((output / "probe.json").read_text())
+    found = _read(output / "probe.json")
     directions = next(iter(found["models"].values()))["mean"]["directions"]["cosine"]
     return {"languages": found["languages"], "directions": directions}
+
+
+def _read(path: Path) -> dict:
+    """What a command wrote last. Raises UserError where it did not come so far, though it did not fail."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: its command was stopped from outside, and the same one goes on")
+    return json.loads(path.read_text())
 
 
 def mlalign(log: Path, *arguments: object, setting: Setting | None = None) -> None:
@@ -170,21 +219,24 @@ def mlalign(log: Path, *arguments: object, setting: Setting | None = None) -> No
     command = [sys.executable, "-m", "mlalign", *map(str, arguments)]
     log.parent.mkdir(parents=True, exist_ok=True)
     left = setting.deadline - time.monotonic() if setting else float("inf")
+    if left <= 0:
+        raise OutOfTimeError
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {shlex.join(['mlalign', *command[3:]])}\n")
         file.flush()
         environment = os.environ | (setting.environment if setting else {})
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        if setting:
+            setting.running.add(process)
         timer = threading.Timer(min(left, threading.TIMEOUT_MAX), process.terminate)
         timer.daemon = True
         timer.start()
-        try:
-            status = process.wait()
-        finally:
-            timer.cancel()
-            if process.poll() is None:  # an interrupt of the study
-                process.terminate()
-                process.wait()
+        if setting and time.monotonic() >= setting.deadline:  # Ctrl-C came in between
+            process.terminate()
+        status = process.wait()
+        timer.cancel()
+        if setting:
+            setting.running.discard(process)
     if setting and time.monotonic() >= setting.deadline:
         raise OutOfTimeError
     if status:

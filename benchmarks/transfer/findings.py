@@ -1,6 +1,6 @@
 """From cells to what a reader wants: means and intervals over seeds, one table and one picture a study.
 
-An interval is Student's t over seeds, 95%: where another seed, on the same test rows, would land.
+An interval is Student's t over seeds of fine-tuning, 95%: of the mean, for this base model and these test rows.
 """
 
 import json
@@ -12,11 +12,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from cells import Cell, Setting
+from cells import GROUPS, Cell, Setting
 from scipy import stats
 from studies import Study
 
-GROUPS = ("supervised", "aligned", "unseen")
 _COLOURS = {"supervised": "#bbbbbb", "aligned": "#0b4f9e", "unseen": "#d08a00"}
 _MARKERS = {"supervised": "o", "aligned": "s", "unseen": "^"}
 _HATCHES = {"supervised": "//", "aligned": "", "unseen": ".."}
@@ -79,7 +78,7 @@ def collect(study: Study, seeds: list[int], setting: Setting) -> dict[str, dict]
                 for name in by_language(cells[0]["retrieval"])
             },
             "by_layer": {name: np.mean([each[name] for each in by_layer], axis=0).tolist() for name in by_layer[0]},
-            "seconds": [cell["seconds"]["training"] for cell in cells],
+            "seconds": [cell["seconds"] for cell in cells],
         }
     return found
 
@@ -132,7 +131,7 @@ def table(study: Study, found: dict[str, dict], base: dict[str, list[float]], la
             *_markdown(head, rows),
             "",
             f"Means over seeds, with 95% intervals (Student's t). Retrieval: accuracy at layer {layer}, to and from "
-            "English. Seconds: of training, on one core where two cells run side by side.",
+            "English. Seconds: of training, beside as many other cells as --jobs says.",
             "",
             *_markdown(["F1", *languages], f1),
             "",
@@ -171,7 +170,8 @@ def _bars(study: Study, found: dict[str, dict], path: Path) -> None:
         axis.errorbar(places, means, np.nan_to_num(halves), fmt="none", ecolor="black", capsize=3, linewidth=1)
         for place, each in zip(places, values):
             axis.plot([place] * len(each), each, "k.", markersize=3)
-    axis.set_xticks(range(len(found)), list(found))
+    seeds = [len(arm["seeds"]) for arm in found.values()]
+    axis.set_xticks(range(len(found)), [f"{name}\n{n} seed{'s' * (n > 1)}" for name, n in zip(found, seeds)])
     axis.set(ylabel="F1", ylim=(0, 1.15 * axis.get_ylim()[1]), title=study.title)
     axis.legend(frameon=False, ncols=len(groups), loc="upper right")
     figure.savefig(path, dpi=130)
@@ -180,7 +180,7 @@ def _bars(study: Study, found: dict[str, dict], path: Path) -> None:
 
 def _curve(study: Study, found: dict[str, dict], path: Path) -> None:
     """F1 and retrieval accuracy against what the arms vary, with intervals."""
-    arms = sorted(found.values(), key=lambda arm: arm["x"])
+    arms = list(found.values())
     places = range(len(arms))
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharex=True)
     for axis, measure, label in zip(axes, ("f1", "retrieval"), ("F1", "retrieval accuracy, to and from English")):
@@ -194,7 +194,7 @@ def _curve(study: Study, found: dict[str, dict], path: Path) -> None:
             )  # fmt: skip
         axis.set(xlabel=study.axis, ylabel=label, ylim=(0, None))
         axis.grid(alpha=0.3)
-        axis.set_xticks(places, [f"{arm['x']:g}" for arm in arms])
+        axis.set_xticks(places, [arm["x"] for arm in arms])
     axes[0].legend(frameon=False)
     figure.suptitle(study.title, fontsize=11)
     figure.savefig(path, dpi=130)

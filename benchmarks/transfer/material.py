@@ -7,6 +7,7 @@ published. No dev or test row is trained on, by the base model neither.
 
 import json
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,15 +91,13 @@ def prepare(data: Path, folder: Path, size: Size, studies: list[Study]) -> None:
     for language, path in _files(data / "massive", size.languages, "*.dev.jsonl").items():
         rows = [{"id": row["id"], "text": row["utt"]} for row in _rows(path)]
         _write(folder / f"parallel/{language}.jsonl", rows[:PROBE_SENTENCES])
-    for split in ("dev", "test"):
-        paths = sorted((data / "massive").glob(f"*.{split}.jsonl"))
-        _write(folder / f"held_out/{split}.jsonl", ({"text": row["utt"]} for path in paths for row in _rows(path)))
+    _write(folder / "held_out.jsonl", ({"text": text} for text in sorted(_held_out(data, "*"))))
 
     _prepare(folder, "words", "massive", data / "massive", "--format", "plain", "--languages", ",".join(size.languages))
     for language in {*size.languages} - {*size.supervised}:
         (folder / f"words/train.{language}.jsonl").unlink(missing_ok=True)
     labelled = [language for language in size.supervised if language != "en"]
-    options = ["--dev", 50, "--against", folder / "held_out/*.jsonl", "--languages"]
+    options = ["--dev", 50, "--against", folder / "held_out.jsonl", "--languages"]
     files = _files(data / "tatoeba", [*labelled, *size.aligned], "*-eng.jsonl")
     codes = ["eng", *(path.stem.removesuffix("-eng") for path in files.values())]
     _prepare(folder, "tatoeba", "bitext", data / "tatoeba", *options, ",".join(codes))
@@ -121,11 +120,12 @@ def _prepare(folder: Path, name: str, dataset: str, *arguments: object) -> None:
         mlalign(folder / "prepare.log", "prepare", dataset, source, folder / name, *options)
 
 
-def base_model(data: Path, folder: Path, size: Size, seed: int) -> None:
+def base_model(data: Path, folder: Path, size: Size, seed: int, deadline: float) -> None:
     """Pretrain the base model on unlabelled text of all languages of `size` and save it, unless it is there.
 
     Among the sentences are made-up answers in random order, beside no utterance: words that are nowhere else in the
     text would be letters to the model.
+    Raises UserError at the deadline (of time.monotonic); the next start goes on.
     """
     if folder.exists():
         say(f"kept from an earlier start: {folder}")
@@ -145,6 +145,10 @@ def base_model(data: Path, folder: Path, size: Size, seed: int) -> None:
             bar.update(task, completed=step)
             if step % 250 == 0:
                 say(f"step {step:,}/{size.base_steps:,}  loss {loss:.3f}")
+            if time.monotonic() > deadline:
+                raise UserError(
+                    "the budget is used up, and the base model is not done: the same command goes on with it"
+                )
 
         train_base(
             sentences, folder, seed, size.shape, steps=size.base_steps, batch_size=32, device=device, progress=progress
@@ -161,6 +165,7 @@ def _write_types(data: Path, folder: Path, size: Size) -> None:
     wanted = {"train": size.supervised, "dev": size.languages, "test": size.languages}
     for split, languages in wanted.items():
         for language, path in _files(data / "massive", languages, f"*.{split}.jsonl").items():
+            kept_out = _held_out(data, path.name.split(".")[0]) if split == "train" else ()
             rows = (
                 {
                     "id": row["id"],
@@ -170,18 +175,26 @@ def _write_types(data: Path, folder: Path, size: Size) -> None:
                     "text": row["utt"],
                 }
                 for row in _rows(path)
+                if row["utt"] not in kept_out
             )
             _write(folder / f"{split}.{language}.jsonl", rows)
 
 
 def _texts(data: Path, language: str) -> Iterator[str]:
-    """Unlabelled sentences of a language; English ones from the other side of all bitext."""
-    yield from (row["utt"] for row in _rows(_files(data / "massive_text", [language])[language]))
-    if language == "en":
-        return
-    for path in (data / "tatoeba").glob("*-eng.jsonl"):
-        if language_of(path.stem.split("-")[0]) == language:
-            yield from (row[side] for row in _rows(path) for side in ("src", "tgt"))
+    """Unlabelled sentences of a language, and of the English side of its bitext, no dev or test utterances."""
+    path = _files(data / "massive_text", [language])[language]
+    kept_out = _held_out(data, path.stem) | _held_out(data, "en-*")
+    yield from (row["utt"] for row in _rows(path) if row["utt"] not in kept_out)
+    for bitext in sorted((data / "tatoeba").glob("*-eng.jsonl")):
+        if language_of(bitext.stem.removesuffix("-eng")) == language:
+            sides = (row[side] for row in _rows(bitext) for side in ("src", "tgt"))
+            yield from (text for text in sides if text not in kept_out)
+
+
+def _held_out(data: Path, locales: str) -> set[str]:
+    """Dev and test utterances of the locales of a glob."""
+    paths = [path for split in ("dev", "test") for path in (data / "massive").glob(f"{locales}.{split}.jsonl")]
+    return {row["utt"] for path in paths for row in _rows(path)}
 
 
 def _files(folder: Path, languages: list[str] | tuple[str, ...], pattern: str = "*.jsonl") -> dict[str, Path]:

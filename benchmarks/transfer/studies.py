@@ -14,7 +14,7 @@ class Arm:
     changes: tuple[str, ...] = ()  #: overrides of recipe.yaml, as on the command line
     parts: tuple["Arm", "Arm"] | None = None  #: merged from a task adapter and an alignment adapter
     merge: str = "auto"  #: the merge weight, or auto: tuned on dev rows of the supervised languages
-    x: float | None = field(default=None, compare=False)  #: where it stands on the axis of its study's curve
+    x: str | None = field(default=None, compare=False)  #: its place on the axis of its study's curve
     answers: str = "types"  #: folder of the task's rows: types, or words as in the paper
 
 
@@ -75,16 +75,18 @@ def _local(pairs: int) -> Arm:
 def _each(name: str, key: str, values: tuple[float, ...], default: float | None = None) -> tuple[Arm, ...]:
     """An arm for each value of a key; the recipe's own is the arm that other studies have too."""
     return tuple(
-        Arm(ALIGNED.name, x=value) if value == default else Arm(f"{name} {value:g}", (f"{key}={value:g}",), x=value)
+        Arm(ALIGNED.name, x=f"{value:g}")
+        if value == default
+        else Arm(f"{name} {value:g}", (f"{key}={value:g}",), x=f"{value:g}")
         for value in values
     )
 
 
 def _batch(pairs: int) -> Arm:
     if pairs == 64:
-        return Arm(ALIGNED.name, x=pairs)
+        return Arm(ALIGNED.name, x=str(pairs))
     changes = (f"alignment.batch_size={pairs}", f"alignment.micro_batch_size={min(pairs, 64)}")
-    return Arm(f"batch {pairs}", changes, x=pairs)
+    return Arm(f"batch {pairs}", changes, x=str(pairs))
 
 
 STUDIES = {
@@ -98,7 +100,7 @@ STUDIES = {
         Study(
             "weight",
             "The weight of alignment",
-            _each("weight", "alignment.weight", (0.03, 0.1, 0.3, 1, 3), 1),
+            _each("weight", "alignment.weight", (0.03, 0.1, 0.3, 1, 3), 0.1),
             "weight",
         ),
         Study("batch", "Pairs of a batch", tuple(map(_batch, (8, 16, 32, 64, 128, 256))), "pairs of a batch"),
@@ -106,19 +108,19 @@ STUDIES = {
             "pairs",
             "How much bitext",
             (
-                Arm(TASK_ONLY.name, NO_ALIGNMENT, x=0),
-                *(Arm(f"{pairs} pairs", _bitext(f"massive-pairs-{pairs}"), x=pairs) for pairs in PAIRS),
-                Arm(ALIGNED.name, x=6000),
+                Arm(TASK_ONLY.name, NO_ALIGNMENT, x="0"),
+                *(Arm(f"{pairs} pairs", _bitext(f"massive-pairs-{pairs}"), x=str(pairs)) for pairs in PAIRS),
+                Arm(ALIGNED.name, x="all"),
             ),
-            "pairs of a language (6000: all)",
+            "pairs of a language",
         ),
         Study(
             "languages",
             "How many languages are aligned",
             (
-                Arm(TASK_ONLY.name, NO_ALIGNMENT, x=0),
-                *(Arm(f"{n} aligned", _bitext(f"massive-languages-{n}"), x=n) for n in LANGUAGES),
-                Arm(ALIGNED.name, x=5),
+                Arm(TASK_ONLY.name, NO_ALIGNMENT, x="0"),
+                *(Arm(f"{n} aligned", _bitext(f"massive-languages-{n}"), x=str(n)) for n in LANGUAGES),
+                Arm(ALIGNED.name, x="all"),
             ),
             "languages in the bitext",
         ),

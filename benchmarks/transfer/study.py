@@ -15,8 +15,10 @@ OUTPUT/base                        the base model        OUTPUT/data            
 import argparse
 import json
 import os
+import signal
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.markdown import Markdown
@@ -26,12 +28,13 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS"
 import findings
 import material
 import torch
-from cells import Cell, Setting, announce, probe, run_all
+from cells import RECIPE, Cell, Setting, announce, probe, run_all
 from studies import STUDIES, Study
 
 from mlalign.config import Model
 from mlalign.errors import UserError
 from mlalign.model import load_model_config
+from mlalign.rundir import make_writable, write_whole
 from mlalign.tracker import console, say
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -49,6 +52,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped like Ctrl-C, so that no command stays behind
     try:
         unknown = [name for name in options.studies if name not in STUDIES]
         if unknown:
@@ -73,7 +77,7 @@ def run(studies: list[Study], options: argparse.Namespace) -> None:
     material.prepare(options.data, options.output / "data", size, studies)
     if options.model is None:
         torch.set_num_threads(os.cpu_count() or 1)
-        material.base_model(options.data, options.output / "base", size, seed=0)
+        material.base_model(options.data, options.output / "base", size, seed=0, deadline=deadline)
     base = options.model or str(options.output / "base")
     layer = load_model_config(Model(path=base)).get_text_config().num_hidden_layers // 2
     setting = Setting(
@@ -86,12 +90,13 @@ def run(studies: list[Study], options: argparse.Namespace) -> None:
         **{name: getattr(size, name) for name in ("steps", "supervised", "aligned", "test_rows")},
     )
     announce("the base model's retrieval")
-    measured = probe(options.output / "base_probe.log", setting, options.output / "base_probe", base)
+    whatever = replace(setting, deadline=float("inf"))  # nothing can be drawn without it
+    measured = probe(options.output / "base_probe.log", whatever, options.output / "base_probe", base)
 
     cells = order(studies, options.seeds)
     missing = sum(cell.result(setting) is None for cell in cells)
     announce(f"{len(cells)} cells of {len(studies)} studies, {missing} to do, {options.jobs} at a time")
-    run_all(cells, setting, options.jobs, _shown)
+    run_all(cells, setting, options.jobs)
     for study in studies:
         found = findings.collect(study, list(range(1, options.seeds + 1)), setting)
         if found:
@@ -105,7 +110,7 @@ def run(studies: list[Study], options: argparse.Namespace) -> None:
 
 
 def order(studies: list[Study], seeds: int) -> list[Cell]:
-    """All cells, each once, an arm's parts before it. Seed by seed: a budget that ends early leaves whole seeds."""
+    """All cells, each once, an arm's parts before it: study by study, and in each seed by seed."""
     cells: dict[Cell, None] = {}
     for study in studies:
         for seed in range(1, seeds + 1):
@@ -116,21 +121,15 @@ def order(studies: list[Study], seeds: int) -> list[Cell]:
 
 
 def _claim(options: argparse.Namespace) -> None:
-    """Make the directory; one of another size, model or data is refused."""
-    options.output.mkdir(parents=True, exist_ok=True)
-    stamp, settings = options.output / "settings.json", {"size": options.size, "model": options.model}
-    if stamp.exists() and json.loads(stamp.read_text()) != settings:
+    """Make the directory; one of another size, model, data or recipe is refused."""
+    make_writable(options.output, "output")
+    stamp = options.output / "settings.json"
+    settings = {"model": options.model, "data": str(options.data.resolve()), "recipe": RECIPE.read_text()}
+    text = json.dumps(settings | {"size": asdict(material.SIZES[options.size])}, indent=1) + "\n"
+    if not stamp.exists():
+        write_whole(stamp, text)
+    elif stamp.read_text() != text:
         raise UserError(f"{options.output} holds a study with other settings ({stamp}): choose another --output")
-    stamp.write_text(json.dumps(settings) + "\n")
-
-
-def _shown(cell: Cell, result: dict) -> None:
-    f1 = "  ".join(
-        f"{name} {result['groups'][name]:.3f}" for name in findings.GROUPS if name in result.get("groups", {})
-    )
-    announce(
-        f"{cell.arm.name}, seed {cell.seed}: {'F1 ' + f1 if f1 else 'trained'}  ({result['seconds']['whole']:.0f} s)"
-    )
 
 
 if __name__ == "__main__":
