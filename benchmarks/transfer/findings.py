@@ -195,8 +195,8 @@ def _curve(study: Study, found: dict[str, dict], path: Path) -> None:
         axis.set(xlabel=study.axis, ylabel=label, ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.set_xticks(places, [arm["x"] for arm in arms])
-    axes[0].legend(frameon=False)
-    figure.suptitle(study.title, fontsize=11)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, title=study.title)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
