@@ -107,6 +107,7 @@ def run_study(monkeypatch, data, tmp_path):
     """Runs the command with a size of its own; returns its output directory."""
     size = material.Size(TINY, 20, 3, ("en",), ("de", "es", "fr", "sw", "tr"), ("af", "az"), 5)
     monkeypatch.setitem(material.SIZES, "tiny", size)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # of this process
 
     def run(*options: str) -> Path:
         output = tmp_path / "study"
@@ -182,7 +183,7 @@ def test_missing_data_is_named(tmp_path):
 
 
 def setting(folder: Path, **more) -> Setting:
-    return Setting(folder, folder, "base", 2, 4, ("en",), ("de",), 5, **more)
+    return Setting(folder, folder, "base", 2, False, 4, ("en",), ("de",), 5, **more)
 
 
 def test_every_cell_comes_once_and_after_its_parts():
@@ -258,6 +259,25 @@ def test_a_cell_of_another_arm_is_not_taken_for_this_one(tmp_path):
 def test_the_weight_that_other_studies_share_is_the_recipes():
     weight = load(cells.RECIPE).alignment.weight
     assert next(arm.x for arm in STUDIES["weight"].arms if arm == ALIGNED) == f"{weight:g}"
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+@pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)
+def test_every_arm_is_a_config(study, pretrained, tmp_path):
+    """And a model that others have pretrained is trained by LoRA alone."""
+    where = setting(tmp_path)
+    where.pretrained = pretrained
+    for cell in study_cells(study):
+        config = load(cells.RECIPE, cells._overrides(cell, where, tmp_path / "run"))
+        assert (config.lora is not None) == (pretrained or cell.arm.adapter)
+        if pretrained:
+            assert config.lora.r == 8 and config.optimizer.lr == 5e-4
+        assert config.seed == 3
+
+
+def study_cells(chosen: Study) -> list[Cell]:
+    arms = [arm for arm in chosen.arms if not arm.parts] + [part for arm in chosen.arms for part in arm.parts or ()]
+    return [Cell(arm, 3) for arm in arms]
 
 
 def test_seconds_of_stopped_tries_count(tmp_path):

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from studies import Arm
+from studies import PAPER_ADAPTERS, SMALL_ADAPTERS, Arm
 
 from mlalign.errors import UserError
 from mlalign.rundir import write_whole
@@ -36,6 +36,7 @@ class Setting:
     data: Path  #: see material.prepare
     base: str  #: directory or hub id of the base model
     layer: int  #: at which adapters are merged: half the depth
+    pretrained: bool  #: by others: --model
     steps: int
     supervised: tuple[str, ...]
     aligned: tuple[str, ...]
@@ -77,7 +78,7 @@ class Cell:
     def made_by(self) -> list:
         """What tells it from another arm of the same name; as in JSON."""
         arm = self.arm
-        return [[*arm.changes], arm.answers, arm.merge, [part.made_by() for part in self.parts()]]
+        return [[*arm.changes], arm.adapter, arm.answers, arm.merge, [part.made_by() for part in self.parts()]]
 
 
 def run_all(cells: list[Cell], setting: Setting, jobs: int) -> None:
@@ -193,6 +194,10 @@ def _overrides(cell: Cell, setting: Setting, run: Path) -> list[str]:
     if "alignment=null" not in cell.arm.changes:
         values |= {f"alignment.{split}": setting.data / f"massive/{split}.*.jsonl" for split in ("train", "dev")}
     filled = [f"{key}={value}" for key, value in values.items()]
+    if setting.pretrained:
+        filled += PAPER_ADAPTERS
+    elif cell.arm.adapter:
+        filled += SMALL_ADAPTERS
     return filled + [change.format(data=setting.data, twice=2 * setting.steps) for change in cell.arm.changes]
 
 

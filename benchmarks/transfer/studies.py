@@ -12,6 +12,7 @@ class Arm:
 
     name: str
     changes: tuple[str, ...] = ()  #: overrides of recipe.yaml, as on the command line
+    adapter: bool = False  #: LoRA, whatever other arms are
     parts: tuple["Arm", "Arm"] | None = None  #: merged from a task adapter and an alignment adapter
     merge: str = "auto"  #: the merge weight, or auto: tuned on dev rows of the supervised languages
     x: str | None = field(default=None, compare=False)  #: its place on the axis of its study's curve
@@ -52,16 +53,18 @@ AUTHORS = (
 )
 
 _MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj,lm_head"
-#: Without the LM head a model this small hardly learns the task by LoRA.
-ADAPTERS = (f"lora={{{{r: 64, alpha: 128, dropout: 0.0, target_modules: [{_MODULES}]}}}}", "optimizer.lr=2e-3")
+#: Without the LM head a model as small as those made here hardly learns the task by LoRA.
+SMALL_ADAPTERS = (f"lora={{r: 64, alpha: 128, dropout: 0.0, target_modules: [{_MODULES}]}}", "optimizer.lr=2e-3")
+#: The paper's, for a model that others have pretrained: of such a one every arm is an adapter.
+PAPER_ADAPTERS = ("lora={r: 8, alpha: 16, dropout: 0.1}", "optimizer.lr=5e-4")
 
 TASK_ONLY = Arm("task only", NO_ALIGNMENT)
 ALIGNED = Arm("aligned")
 TATOEBA = Arm("aligned, Tatoeba", _bitext("tatoeba"))
 PAPER = Arm("authors' objective", AUTHORS)
-TASK_ADAPTER = Arm("task adapter", (*NO_ALIGNMENT, *ADAPTERS))
-JOINT_ADAPTER = Arm("joint adapter", ADAPTERS)
-ALIGNMENT_ADAPTER = Arm("alignment adapter", ("task=null", "interleave.ratio=0:1", *ADAPTERS))
+TASK_ADAPTER = Arm("task adapter", NO_ALIGNMENT, adapter=True)
+JOINT_ADAPTER = Arm("joint adapter", adapter=True)
+ALIGNMENT_ADAPTER = Arm("alignment adapter", ("task=null", "interleave.ratio=0:1"), adapter=True)
 MERGED = Arm("merged, tuned", parts=(TASK_ADAPTER, ALIGNMENT_ADAPTER))
 HALVES = Arm("merged, halves", parts=(TASK_ADAPTER, ALIGNMENT_ADAPTER), merge="0.5")
 

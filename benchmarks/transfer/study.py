@@ -2,7 +2,8 @@
 
 From nothing but public data to tables and pictures: a base model is pretrained on unlabelled text, fine-tuned in every
 way that studies.py lists, with several seeds, by mlalign's own commands, evaluated and probed. Run it again after an
-interruption, or with a larger budget, and it goes on. `--model` takes any other base model instead of making one.
+interruption, or with a larger budget, and it goes on. `--model` takes any other base model instead of making one, and
+trains it by LoRA with the paper's settings.
 
     python benchmarks/transfer/study.py main --budget-minutes 30     # as `make study`
     python benchmarks/transfer/study.py main layer batch --size 5m   # several studies, no limit
@@ -83,6 +84,7 @@ def run(studies: list[Study], options: argparse.Namespace) -> None:
     setting = Setting(
         layer=layer,
         base=base,
+        pretrained=options.model is not None,
         folder=options.output / "cells",
         data=options.output / "data",
         deadline=deadline,
