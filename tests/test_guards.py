@@ -95,8 +95,8 @@ def test_a_step_that_is_no_number_on_one_rank_changes_nothing_on_any(ranks, sett
     run_dir = Path(settings["run_dir"])
     wanted = reference.train(Config.model_validate(settings), layer=2, left_out=(1, 3))
     found = load_file(run_dir / "adapter" / "adapter_model.safetensors")
-    for name, weight in wanted.items():
-        assert torch.allclose(found[name.replace(".default", "")], weight.float(), rtol=1e-4, atol=1e-6), name
+    for name, weight in wanted.items():  # to 1% of a step: Adam amplifies the rounding of gradients as small as its eps
+        assert torch.allclose(found[name.replace(".default", "")], weight.float(), rtol=1e-4, atol=1e-5), name
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line.get("train/skipped_steps")) for line in lines] == [(2, 1), (4, 2), (5, 2)]
     assert ["train/grad_norm" in line for line in lines] == [False, False, True]
