@@ -16,6 +16,8 @@ from cells import GROUPS, Cell, Setting
 from scipy import stats
 from studies import Study
 
+from mlalign.scoring import language_groups
+
 _COLOURS = {"supervised": "#bbbbbb", "aligned": "#0b4f9e", "unseen": "#d08a00"}
 _MARKERS = {"supervised": "o", "aligned": "s", "unseen": "^"}
 _HATCHES = {"supervised": "//", "aligned": "", "unseen": ".."}
@@ -27,17 +29,6 @@ def interval(values: list[float]) -> tuple[float, float]:
     if len(values) < 2:
         return mean, math.nan
     return mean, float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-
-
-def members(setting: Setting, languages: list[str]) -> dict[str, list[str]]:
-    """Group -> its languages."""
-    aligned = [each for each in setting.aligned if each in languages]
-    known = {*setting.supervised, *aligned}
-    return {
-        "supervised": [each for each in languages if each in setting.supervised],
-        "aligned": aligned,
-        "unseen": [each for each in languages if each not in known],
-    }
 
 
 def by_language(measured: dict) -> dict[str, np.ndarray]:
@@ -54,8 +45,8 @@ def by_language(measured: dict) -> dict[str, np.ndarray]:
 def retrieval(measured: dict, setting: Setting) -> dict[str, list[float]]:
     """Group -> accuracy by layer, mean over its languages and both directions, from and to English."""
     accuracy = by_language(measured)
-    groups = members(setting, list(accuracy))
-    return {group: np.mean([accuracy[name] for name in names], 0).tolist() for group, names in groups.items() if names}
+    groups = language_groups(list(accuracy), list(setting.supervised), list(setting.aligned))
+    return {name: np.mean([accuracy[each] for each in groups[name]], 0).tolist() for name in GROUPS if name in groups}
 
 
 def collect(study: Study, seeds: list[int], setting: Setting) -> dict[str, dict]:
@@ -67,16 +58,14 @@ def collect(study: Study, seeds: list[int], setting: Setting) -> dict[str, dict]
         if not cells:
             continue
         by_layer = [retrieval(cell["retrieval"], setting) for cell in cells]
+        accuracy = [by_language(cell["retrieval"]) for cell in cells]
         found[arm.name] = {
             "x": arm.x,
             "seeds": [cell["seed"] for cell in cells],
             "f1": {name: [cell["groups"][name] for cell in cells] for name in GROUPS if name in cells[0]["groups"]},
             "languages": {name: [cell["f1"][name] for cell in cells] for name in cells[0]["f1"]},
             "retrieval": {name: [each[name][layer] for each in by_layer] for name in by_layer[0]},
-            "language_retrieval": {
-                name: [float(by_language(cell["retrieval"])[name][layer]) for cell in cells]
-                for name in by_language(cells[0]["retrieval"])
-            },
+            "language_retrieval": {name: [float(each[name][layer]) for each in accuracy] for name in accuracy[0]},
             "by_layer": {name: np.mean([each[name] for each in by_layer], axis=0).tolist() for name in by_layer[0]},
             "seconds": [cell["seconds"] for cell in cells],
         }

@@ -114,9 +114,8 @@ def prepare(data: Path, folder: Path, size: Size, studies: list[Study]) -> None:
             _prepare(folder, name, "bitext", data / "massive_text", *options, ",".join(chosen), *more)
 
 
-def _prepare(folder: Path, name: str, dataset: str, *arguments: object) -> None:
+def _prepare(folder: Path, name: str, dataset: str, source: Path, *options: object) -> None:
     if not (folder / name / "prepare.json").exists():
-        source, *options = arguments
         mlalign(folder / "prepare.log", "prepare", dataset, source, folder / name, *options)
 
 
