@@ -107,7 +107,7 @@ TINY = Shape(hidden=32, intermediate=64, layers=4, heads=2, vocabulary=400, max_
 @pytest.fixture
 def run_study(monkeypatch, data, tmp_path):
     """Runs the command with a size of its own; returns its output directory."""
-    size = material.Size(TINY, 20, 3, ("en",), ("de", "es", "fr", "sw", "tr"), ("af", "az"), 5)
+    size = material.Size(TINY, 20, 3, 1e-3, ("en",), ("de", "es", "fr", "sw", "tr"), ("af", "az"), 5)
     monkeypatch.setitem(material.SIZES, "tiny", size)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # of this process
     for name in os.environ.keys() - alone_in_the_world().keys():
@@ -188,7 +188,7 @@ def test_missing_data_is_named(tmp_path):
 
 
 def setting(folder: Path, **more) -> Setting:
-    return Setting(folder, folder, "base", 2, False, 4, ("en",), ("de",), 5, **more)
+    return Setting(folder, folder, "base", 2, False, 4, 1e-3, ("en",), ("de",), 5, **more)
 
 
 def test_every_cell_comes_once_and_after_its_parts():

@@ -38,6 +38,7 @@ class Setting:
     layer: int  #: at which adapters are merged: half the depth
     pretrained: bool  #: by others: --model
     steps: int
+    lr: float
     supervised: tuple[str, ...]
     aligned: tuple[str, ...]
     test_rows: int
@@ -188,6 +189,7 @@ def _overrides(cell: Cell, setting: Setting, run: Path) -> list[str]:
     """Of recipe.yaml: what the study fills in, then what the arm changes."""
     rows = setting.data / cell.arm.answers
     values = {"run_dir": run, "seed": cell.seed, "model.path": setting.base, "optimizer.steps": setting.steps}
+    values["optimizer.lr"] = setting.lr
     if "task=null" not in cell.arm.changes:
         dev = [str(rows / f"dev.{language}.jsonl") for language in setting.supervised]
         values |= {"task.train": rows / "train.*.jsonl", "task.dev": f"[{','.join(dev)}]"}

@@ -33,6 +33,7 @@ class Size:
     shape: Shape
     base_steps: int
     steps: int  #: of fine-tuning
+    lr: float  #: of fine-tuning all parameters
     supervised: tuple[str, ...]
     aligned: tuple[str, ...]  #: languages of the bitext
     unseen: tuple[str, ...]  #: in the base model's text alone
@@ -51,7 +52,8 @@ SIZES = {
     "5m": Size(
         Shape(hidden=192, intermediate=512, layers=8, heads=4, vocabulary=6000, max_tokens=256),
         base_steps=2300,
-        steps=400,
+        steps=250,
+        lr=3e-3,
         supervised=("en",),
         aligned=("de", "es", "fr", "sw", "tr"),
         unseen=("af", "az"),
@@ -61,6 +63,7 @@ SIZES = {
         Shape(hidden=320, intermediate=864, layers=10, heads=5, vocabulary=12_000, max_tokens=256),
         base_steps=15_000,
         steps=1500,
+        lr=2e-3,
         supervised=_PAPER,
         aligned=_ALIGNED,
         unseen=_UNSEEN,
@@ -70,6 +73,7 @@ SIZES = {
         Shape(hidden=768, intermediate=2048, layers=12, heads=12, vocabulary=24_000, max_tokens=256),
         base_steps=40_000,
         steps=2000,
+        lr=5e-4,
         supervised=_PAPER,
         aligned=_ALIGNED,
         unseen=_UNSEEN,

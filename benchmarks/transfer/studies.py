@@ -54,7 +54,7 @@ AUTHORS = (
 
 _MODULES = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj,lm_head"
 #: Without the LM head a model as small as those made here hardly learns the task by LoRA.
-SMALL_ADAPTERS = (f"lora={{r: 64, alpha: 128, dropout: 0.0, target_modules: [{_MODULES}]}}", "optimizer.lr=2e-3")
+SMALL_ADAPTERS = (f"lora={{r: 64, alpha: 128, dropout: 0.0, target_modules: [{_MODULES}]}}", "optimizer.lr=3e-3")
 #: The paper's, for a model that others have pretrained: of such a one every arm is an adapter.
 PAPER_ADAPTERS = ("lora={r: 8, alpha: 16, dropout: 0.1}", "optimizer.lr=5e-4")
 

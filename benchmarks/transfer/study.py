@@ -89,7 +89,7 @@ def run(studies: list[Study], options: argparse.Namespace) -> None:
         data=options.output / "data",
         deadline=deadline,
         environment={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))},
-        **{name: getattr(size, name) for name in ("steps", "supervised", "aligned", "test_rows")},
+        **{name: getattr(size, name) for name in ("steps", "lr", "supervised", "aligned", "test_rows")},
     )
     announce("the base model's retrieval")
     whatever = replace(setting, deadline=float("inf"))  # nothing can be drawn without it
