@@ -155,6 +155,7 @@ class Config(BaseModel, extra="forbid"):
     async_checkpoint: bool | Literal["auto"] = "auto"
     """Write checkpoints while training goes on, from a copy in host memory; auto = if the optimizer is on a GPU."""
     log_every: int = Field(10, gt=0)  #: steps
+    log_gradients: bool = False  #: also cosine and norm ratio of the two objectives' gradients, where there are two
     stuck_after: float = Field(600, ge=0, allow_inf_nan=False)
     """Seconds without progress on any rank after which the job ends, to be started again; 0 = wait for ever."""
 
@@ -176,6 +177,8 @@ class Config(BaseModel, extra="forbid"):
         if (self.optimizer.steps is None) == (self.optimizer.epochs is None):
             raise ValueError("give either optimizer.steps or optimizer.epochs, and not both")
         main = self.task or self.alignment
+        if self.log_gradients and task and align and self.interleave.mode == "alternate":
+            raise ValueError("log_gradients compares two objectives of one step: in mode alternate no step has both")
         if self.optimizer.epochs is not None and main.streaming:
             raise ValueError("optimizer.epochs needs the number of rows, which a stream hides: give optimizer.steps")
         if self.alignment and any(s.language for s in (*self.alignment.train, *self.alignment.dev)):
@@ -208,7 +211,15 @@ class Config(BaseModel, extra="forbid"):
     def differences(self, other: "Config") -> list[str]:
         """Dotted keys whose values differ, apart from those that do not change the result."""
         mine, theirs = flatten(self.model_dump(mode="json")), flatten(other.model_dump(mode="json"))
-        ignored = {"run_dir", "log_every", "checkpoint_every", "async_checkpoint", "stuck_after", "deepspeed"}
+        ignored = {
+            "run_dir",
+            "log_every",
+            "log_gradients",
+            "checkpoint_every",
+            "async_checkpoint",
+            "stuck_after",
+            "deepspeed",
+        }
         ignored |= {"model.gradient_checkpointing", "task.micro_batch_size"}
         if not self.alignment or self.alignment.negatives == "global":
             ignored.add("alignment.micro_batch_size")

@@ -355,6 +355,15 @@ class AlignedModel(nn.Module):
         reached = {id(parameter) for parameter in self._view[0].parameters()}
         return [p for p in self.lm.parameters() if p.requires_grad and id(p) not in reached]
 
+    def reached(self) -> dict[int, list[nn.Parameter]]:
+        """Trainable parameters that an alignment pass reaches, by layer; 0 = what precedes the blocks."""
+        _, stack, _ = decoder_parts(self.lm)
+        blocks = dict(enumerate(getattr(self._view[0], stack), 1))
+        layers = {layer: [p for p in block.parameters() if p.requires_grad] for layer, block in blocks.items()}
+        inside = {id(p) for parameters in layers.values() for p in parameters}
+        before = [p for p in self._view[0].parameters() if p.requires_grad and id(p) not in inside]
+        return {layer: parameters for layer, parameters in ({0: before} | layers).items() if parameters}
+
 
 def _by_row(states: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """States of packed rows as those of padded ones, [rows, width, hidden]; padded ones as they are."""

@@ -98,7 +98,7 @@ def _peak_memory() -> int:
 
 
 class Tracker:
-    """Metrics of one run. `log` names are `train/...` and `dev/...`, the same in all three places."""
+    """Metrics of one run. `log` names are `train/...`, `dev/...` and `gradients/...`, the same in all three places."""
 
     def __init__(self, run_dir: Path, resumed_at: int, steps: int) -> None:
         """resumed_at: the step of the checkpoint; later points of an interrupted run are taken back."""
@@ -123,9 +123,12 @@ class Tracker:
         if self._progress:
             self._progress.update(self._task, completed=step)
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Record metrics after `step` optimizer steps. Raises UserError where the disk does not take them."""
-        if self._file is None:
+    def log(self, step: int, values: dict[str, float], quiet: bool = False) -> None:
+        """Record metrics after `step` optimizer steps; `quiet` leaves the console out.
+
+        Raises UserError where the disk does not take them.
+        """
+        if self._file is None or not values:
             return
         seconds = round(time.monotonic() - self._start, 2)
         try:
@@ -140,7 +143,7 @@ class Tracker:
                 "same command goes on from the last checkpoint"
             ) from error
         groups: dict[str, list[str]] = {}
-        for name, value in values.items():
+        for name, value in () if quiet else values.items():
             group, _, short = name.partition("/")
             groups.setdefault(group, []).append(f"{short} {value:{_FORMATS.get(short, '.4f')}}")
         for group, parts in groups.items():

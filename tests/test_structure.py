@@ -41,7 +41,7 @@ LAYERS = [
     },
     {"objectives", "dataset", "sharding", "parallel", "checks", "generation", "report", "comet", "sieve"}
     | {f"corpora.{name}" for name in ("massive", "translation", "uner", "bitext", "against")},
-    {"evaluation", "states", "probe_report", "workload", "loader"},
+    {"evaluation", "states", "probe_report", "workload", "loader", "gradients"},
     {"probe_show", "activations", "packing"},
     {"estimate"},
     {f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("[!_]*.py")} - {"commands.merge", "commands.plan"},

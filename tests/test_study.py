@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,8 @@ def data(tmp_path_factory) -> Path:
             path.parent.mkdir(exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "tatoeba").mkdir()
-    for locale, code in TATOEBA.items():
+    others = dict.fromkeys("dan hrv por slk swe cmn ces isl rus".split())  # of the other tasks; said in Turkish
+    for locale, code in [*TATOEBA.items(), *(("tr-TR", code) for code in others)]:
         rows = [
             {
                 "id": f"{code}-{number}",
@@ -98,7 +100,38 @@ def data(tmp_path_factory) -> Path:
             for number in range(1000, 1200)
         ]
         (folder / f"tatoeba/{code}-eng.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other_tasks(folder)
     return folder
+
+
+def other_tasks(folder: Path) -> None:
+    """uner/ and mt/: sentences that are nowhere else, of as many dev and test rows as train rows."""
+    for corpus in ("uner", "mt"):
+        (folder / corpus).mkdir()
+    for place, split in enumerate(("train", "dev", "test")):
+        numbers = range(2000 + 100 * place, 2030 + 100 * place)
+        for language, locale in (("en", "en-US"), ("da", "de-DE"), ("zh", "tr-TR")):
+            rows = [entities(locale, number) | {"id": f"{split}-{number}", "lang": language} for number in numbers]
+            (folder / f"uner/{language}.{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pairs = {"de-en": "de-DE", "cs-en": "tr-TR"} | ({"en-de": "de-DE"} if split == "test" else {})
+        for pair, locale in pairs.items():
+            source, target = pair.split("-")
+            texts = [
+                (f"{number} {utterance(locale, number)['utt']}", utterance("en-US", number)["utt"])
+                for number in numbers
+            ]
+            rows = [
+                {"id": f"{split}-{n}", "src_lang": source, "tgt_lang": target, "src": src, "tgt": f"{tgt} {n}"}
+                for n, (src, tgt) in zip(numbers, texts)
+            ]
+            (folder / f"mt/{split}.{pair}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def entities(locale: str, number: int) -> dict:
+    row = utterance(locale, number)
+    slot = row["slots"][0]
+    found = {"type": "PER", "text": slot["value"], "start": slot["start"], "end": slot["end"]}
+    return {"source": "made_up", "text": f"{row['utt']} {number}", "entities": [found]}
 
 
 TINY = Shape(hidden=32, intermediate=64, layers=4, heads=2, vocabulary=400, max_tokens=128)
@@ -107,7 +140,8 @@ TINY = Shape(hidden=32, intermediate=64, layers=4, heads=2, vocabulary=400, max_
 @pytest.fixture
 def run_study(monkeypatch, data, tmp_path):
     """Runs the command with a size of its own; returns its output directory."""
-    size = material.Size(TINY, 20, 3, 1e-3, ("en",), ("de", "es", "fr", "sw", "tr"), ("af", "az"), 5)
+    aligned = ("de", "es", "fr", "sw", "tr")
+    size = material.Size(TINY, 20, 3, 1e-3, ("en",), aligned, ("af", "az"), 5, ("massive", "tatoeba", "uner", "mt"))
     monkeypatch.setitem(material.SIZES, "tiny", size)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # of this process
     for name in os.environ.keys() - alone_in_the_world().keys():
@@ -134,8 +168,10 @@ def test_from_data_to_tables_and_pictures(run_study, monkeypatch, capfd):
     assert (output / "small.png").stat().st_size > 5000
     content = json.loads((output / "small.json").read_text())
     arm = content["arms"]["aligned"]
-    assert arm["f1"].keys() == {"supervised", "aligned", "unseen"}
+    assert arm["groups"].keys() == {"supervised", "aligned", "unseen"}
     assert len(arm["languages"]) == 8 and len(arm["by_layer"]["aligned"]) == 5
+    assert arm["gradients"]["layers"] == [0, 1, 2] and all(-1 <= cosine <= 1 for cosine in arm["gradients"]["cosine"])
+    assert content["arms"]["task only"]["gradients"] == {"layers": [], "cosine": [], "norm_ratio": []}
     log = (output / "cells/aligned/seed-1/commands.log").read_text()
     assert [line.split()[2] for line in log.splitlines() if line.startswith("$")] == ["train", "evaluate", "probe"]
     assert content["base_retrieval"].keys() == {"aligned", "unseen"}
@@ -172,6 +208,44 @@ def test_no_labelled_or_held_out_utterance_is_in_the_bitext(run_study, data, mon
     assert not {pair["tgt"] for pair in pairs if pair["tgt_lang"] == "en-US"} & labelled  # MASSIVE's own
 
 
+@pytest.mark.timeout(300)
+def test_json_extraction_and_translation(run_study, data):
+    """Labels in the supervised languages alone; scores without retrieval, of which there is no parallel text."""
+    output = run_study("json", "translation", "--seeds", "1")
+    assert {path.name for path in output.glob("data/json/train.*")} == {"train.en.jsonl"}
+    assert {path.name for path in output.glob("data/translation/train.*")} == {"train.de-en.jsonl", "train.en-de.jsonl"}
+    bitext = {path.name.split(".")[1] for path in output.glob("data/tatoeba-json/train.*")}
+    assert bitext == {f"{code}-eng" for code in ("dan", "hrv", "por", "slk", "swe", "cmn")}
+    for name, metric, groups in (
+        ("json", "F1", {"supervised", "aligned"}),
+        ("translation", "chrF++", {"supervised", "aligned"}),
+    ):
+        content = json.loads((output / f"{name}.json").read_text())
+        assert content["metric"] == metric and content["base_retrieval"] == {}
+        assert [set(arm["groups"]) for arm in content["arms"].values()] == [groups, groups]
+        assert "retrieval" not in (output / f"{name}.md").read_text().lower()
+        assert (output / f"{name}.png").stat().st_size > 5000
+
+
+def test_the_base_model_reads_no_dev_or_test_sentence(data, run_study):
+    found = set(material._texts(data, material.SIZES["tiny"]))
+    rows = [(path, json.loads(line)) for path in data.glob("*/*.jsonl") for line in path.open()]
+    texts = {
+        split: {
+            row[key] for path, row in rows if split in path.name for key in ("utt", "text", "src", "tgt") if key in row
+        }
+        for split in ("train", "dev", "test")
+    }
+    assert not found & (texts["dev"] | texts["test"])
+    assert {text for text in texts["train"] if text[-4:].isdecimal()} <= found  # of UNER, and English of translation
+
+
+def test_a_study_of_a_corpus_that_the_base_model_has_not_read_is_refused(run_study, monkeypatch):
+    monkeypatch.setitem(material.SIZES, "tiny", replace(material.SIZES["tiny"], corpora=("massive", "tatoeba")))
+    with pytest.raises(SystemExit, match=r"study json needs a base model that has read uner: --size 5m-wide"):
+        run_study("json")
+
+
 @pytest.mark.parametrize("options", [["nothing"], ["--seeds", "0"]])
 def test_mistakes_are_one_sentence(run_study, options):
     with pytest.raises(SystemExit, match=r"study: error: (study nothing is none of|--seeds and --jobs must be)"):
@@ -193,7 +267,7 @@ def setting(folder: Path, **more) -> Setting:
 
 def test_every_cell_comes_once_and_after_its_parts():
     found = study.order([STUDIES["main"], STUDIES["merged"], STUDIES["cost"]], seeds=2)
-    assert len(found) == len(set(found)) == 2 * (4 + 5 + 1)
+    assert len(found) == len(set(found)) == 2 * (4 + 5 + 2)
     for cell in found:
         assert all(found.index(part) < found.index(cell) for part in cell.parts())
 
@@ -327,10 +401,11 @@ def test_retrieval_is_to_and_from_english(tmp_path):
 
 
 def test_curves_are_drawn(tmp_path):
-    arm = {"seeds": [1, 2], "f1": {"aligned": [0.1, 0.2]}, "retrieval": {"aligned": [0.5, 0.6]}, "seconds": [1, 1]}
+    arm = {"seeds": [1, 2], "groups": {"aligned": [0.1, 0.2]}, "retrieval": {"aligned": [0.5, 0.6]}, "seconds": [1, 1]}
     arm |= {"languages": {"de": [0.1, 0.2]}, "by_layer": {"aligned": [0.1] * 5}}
+    arm |= {"gradients": {"layers": [1, 2], "cosine": [0.1, -0.1], "norm_ratio": [0.5, 2.0]}}
     found = {f"layer {x}": arm | {"x": str(x)} for x in (1, 2, 4)}
     measured = {"languages": ["de", "en"], "directions": [[[None, 0.1], [0.1, None]]] * 5}
     findings.write(STUDIES["layer"], found, measured, setting(tmp_path), tmp_path)
-    assert (tmp_path / "layer.png").stat().st_size > 5000
+    assert min((tmp_path / name).stat().st_size for name in ("layer.png", "layer_gradients.png")) > 5000
     assert "| layer 2 | 2 | 0.150 ± 0.635 | 0.550 ± 0.635 | 1 |" in (tmp_path / "layer.md").read_text()

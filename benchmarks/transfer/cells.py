@@ -79,7 +79,7 @@ class Cell:
     def made_by(self) -> list:
         """What tells it from another arm of the same name; as in JSON."""
         arm = self.arm
-        return [[*arm.changes], arm.adapter, arm.answers, arm.merge, [part.made_by() for part in self.parts()]]
+        return [[*arm.changes], arm.adapter, arm.task.name, arm.merge, [part.made_by() for part in self.parts()]]
 
 
 def run_all(cells: list[Cell], setting: Setting, jobs: int) -> None:
@@ -126,12 +126,13 @@ def _run(cell: Cell, setting: Setting) -> dict:
     folder, start = cell.folder(setting), time.monotonic()
     log, arm = folder / "commands.log", cell.arm
     folder.mkdir(parents=True, exist_ok=True)
-    rows = setting.data / arm.answers
+    rows = setting.data / arm.task.name
+    supervised, aligned = groups(arm, setting)
     run = folder / "run"
     with _counting(folder / "seconds.json") as count:
         if arm.parts:
             task, alignment = (part.folder(setting) / "run" for part in cell.parts())
-            dev = [word for each in setting.supervised for word in ("--dev", rows / f"dev.{each}.jsonl")]
+            dev = [word for each in supervised for word in ("--dev", rows / f"dev.{each}.jsonl")]
             tuned = [*_scoring(arm), *dev, "--grid", "0.1,0.2,0.3,0.4,0.5,0.6,0.7"] if arm.merge == "auto" else []
             weight = ["--weight", arm.merge, "--layers", setting.layer]
             mlalign(log, "merge", task, alignment, "--output", run, *weight, *tuned, setting=setting)
@@ -146,12 +147,15 @@ def _run(cell: Cell, setting: Setting) -> dict:
         mlalign(
             log, "evaluate", *model, "--test", rows / "test.*.jsonl", *_scoring(arm),
             "--output", folder / "evaluation", "--max-rows", setting.test_rows,
-            "--supervised", ",".join(setting.supervised), "--aligned", ",".join(setting.aligned), setting=setting,
+            "--supervised", ",".join(supervised), "--aligned", ",".join(aligned), setting=setting,
         )  # fmt: skip
         report = _read(folder / "evaluation/report.json")
-        result["f1"] = report["scores"]["f1"]
-        result["groups"] = {name: group["scores"]["f1"] for name, group in report["groups"].items()}
-    result["retrieval"] = probe(log, setting, folder / "probe", *model)
+        result["scores"] = report["scores"][arm.task.metric]
+        result["groups"] = {name: group["scores"][arm.task.metric] for name, group in report["groups"].items()}
+    if (run / "metrics.jsonl").exists():  # of a merged adapter there is none
+        result["gradients"] = _gradients(run / "metrics.jsonl")
+    if arm.task.corpus == "massive":  # of whose languages there is parallel text
+        result["retrieval"] = probe(log, setting, folder / "probe", *model)
     write_whole(folder / "cell.json", json.dumps(result, indent=1) + "\n")
     announce(f"{arm.name}, seed {cell.seed}: {_summary(result)}  ({time.monotonic() - start:.0f} s)")
     return result
@@ -167,31 +171,35 @@ def _counting(path: Path) -> Iterator[Callable[[], float]]:
         write_whole(path, json.dumps(before + time.monotonic() - start))
 
 
+def _gradients(path: Path) -> dict[str, float]:
+    """`cosine_layer_04`, `norm_ratio_layer_04`, ...: means over log steps. Nothing of a run with one objective."""
+    lines = [line for line in map(json.loads, path.read_text().splitlines()) if "gradients/cosine_layer_01" in line]
+    names = [name for name in (lines[0] if lines else {}) if name.startswith("gradients/")]
+    return {name.removeprefix("gradients/"): sum(line[name] for line in lines) / len(lines) for name in names}
+
+
 def _summary(result: dict) -> str:
-    groups = [f"{name} {result['groups'][name]:.3f}" for name in GROUPS if name in result.get("groups", {})]
-    return f"F1 {'  '.join(groups)}" if groups else "trained"
+    found = [f"{name} {result['groups'][name]:.3f}" for name in GROUPS if name in result.get("groups", {})]
+    return "  ".join(found) or "trained"
 
 
 def _scoring(arm: Arm) -> list[object]:
     """How answers are generated and scored."""
-    words = arm.answers == "words"
-    return [
-        "--task",
-        "slot_filling" if words else "items",
-        "--batch-size",
-        200,
-        "--max-new-tokens",
-        48 if words else 16,
-    ]
+    return ["--task", arm.task.scorer, "--batch-size", 200, "--max-new-tokens", arm.task.max_new_tokens]
+
+
+def groups(arm: Arm, setting: Setting) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Supervised and aligned languages: the task's own, or those of the size."""
+    return arm.task.supervised or setting.supervised, arm.task.aligned or setting.aligned
 
 
 def _overrides(cell: Cell, setting: Setting, run: Path) -> list[str]:
     """Of recipe.yaml: what the study fills in, then what the arm changes."""
-    rows = setting.data / cell.arm.answers
+    rows = setting.data / cell.arm.task.name
     values = {"run_dir": run, "seed": cell.seed, "model.path": setting.base, "optimizer.steps": setting.steps}
     values["optimizer.lr"] = setting.lr
     if "task=null" not in cell.arm.changes:
-        dev = [str(rows / f"dev.{language}.jsonl") for language in setting.supervised]
+        dev = [str(rows / f"dev.{language}.jsonl") for language in groups(cell.arm, setting)[0]]
         values |= {"task.train": rows / "train.*.jsonl", "task.dev": f"[{','.join(dev)}]"}
     if "alignment=null" not in cell.arm.changes:
         values |= {f"alignment.{split}": setting.data / f"massive/{split}.*.jsonl" for split in ("train", "dev")}
@@ -200,7 +208,8 @@ def _overrides(cell: Cell, setting: Setting, run: Path) -> list[str]:
         filled += PAPER_ADAPTERS
     elif cell.arm.adapter:
         filled += SMALL_ADAPTERS
-    return filled + [change.format(data=setting.data, twice=2 * setting.steps) for change in cell.arm.changes]
+    known = {"data": setting.data, "twice": 2 * setting.steps, "half": setting.steps // 2}
+    return filled + [change.format(**known) for change in cell.arm.changes]
 
 
 def probe(log: Path, setting: Setting, output: Path, *model: object) -> dict:

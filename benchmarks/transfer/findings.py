@@ -20,6 +20,7 @@ from mlalign.scoring import language_groups
 
 _COLOURS = {"supervised": "#bbbbbb", "aligned": "#0b4f9e", "unseen": "#d08a00"}
 _MARKERS = {"supervised": "o", "aligned": "s", "unseen": "^"}
+_STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
 _HATCHES = {"supervised": "//", "aligned": "", "unseen": ".."}
 
 
@@ -50,26 +51,44 @@ def retrieval(measured: dict, setting: Setting) -> dict[str, list[float]]:
 
 
 def collect(study: Study, seeds: list[int], setting: Setting) -> dict[str, dict]:
-    """Arm -> what its cells say, one value a seed: F1 by group and by language, retrieval at the layer of alignment."""
-    layer = setting.layer
+    """Arm -> what its cells say, one value a seed: scores by group and language, retrieval where it was measured."""
     found = {}
     for arm in study.arms:
         cells = [cell for seed in seeds if (cell := Cell(arm, seed).result(setting))]
-        if not cells:
-            continue
-        by_layer = [retrieval(cell["retrieval"], setting) for cell in cells]
-        accuracy = [by_language(cell["retrieval"]) for cell in cells]
-        found[arm.name] = {
-            "x": arm.x,
-            "seeds": [cell["seed"] for cell in cells],
-            "f1": {name: [cell["groups"][name] for cell in cells] for name in GROUPS if name in cells[0]["groups"]},
-            "languages": {name: [cell["f1"][name] for cell in cells] for name in cells[0]["f1"]},
-            "retrieval": {name: [each[name][layer] for each in by_layer] for name in by_layer[0]},
-            "language_retrieval": {name: [float(each[name][layer]) for each in accuracy] for name in accuracy[0]},
-            "by_layer": {name: np.mean([each[name] for each in by_layer], axis=0).tolist() for name in by_layer[0]},
-            "seconds": [cell["seconds"] for cell in cells],
-        }
+        if cells:
+            groups = [name for name in GROUPS if name in cells[0]["groups"]]
+            found[arm.name] = {
+                "x": arm.x,
+                "seeds": [cell["seed"] for cell in cells],
+                "groups": {name: [cell["groups"][name] for cell in cells] for name in groups},
+                "languages": {name: [cell["scores"][name] for cell in cells] for name in cells[0]["scores"]},
+                "seconds": [cell["seconds"] for cell in cells],
+                "gradients": _mean_gradients([cell.get("gradients", {}) for cell in cells]),
+                **_retrieval_of(cells, setting),
+            }
     return found
+
+
+def _mean_gradients(cells: list[dict[str, float]]) -> dict[str, list[float]]:
+    """`layers`, and for each of them `cosine` and `norm_ratio`, mean over seeds; nothing of runs with one objective."""
+    layers = sorted({name.rpartition("_")[2] for name in cells[0]})
+    return {"layers": [int(layer) for layer in layers]} | {
+        kind: [float(np.mean([each[f"{kind}_layer_{layer}"] for each in cells])) for layer in layers]
+        for kind in ("cosine", "norm_ratio")
+    }
+
+
+def _retrieval_of(cells: list[dict], setting: Setting) -> dict[str, dict]:
+    """At the layer of alignment by group and language, one value a seed; at every layer, the mean over seeds."""
+    measured = [cell["retrieval"] for cell in cells if "retrieval" in cell]
+    by_layer, accuracy = [retrieval(each, setting) for each in measured], [by_language(each) for each in measured]
+    groups, languages = (list(each[0]) if each else [] for each in (by_layer, accuracy))
+    layer = setting.layer
+    return {
+        "retrieval": {name: [each[name][layer] for each in by_layer] for name in groups},
+        "language_retrieval": {name: [float(each[name][layer]) for each in accuracy] for name in languages},
+        "by_layer": {name: np.mean([each[name] for each in by_layer], axis=0).tolist() for name in groups},
+    }
 
 
 def write(study: Study, found: dict[str, dict], measured: dict, setting: Setting, folder: Path) -> None:
@@ -79,13 +98,18 @@ def write(study: Study, found: dict[str, dict], measured: dict, setting: Setting
     """
     folder.mkdir(parents=True, exist_ok=True)
     layer, base = setting.layer, retrieval(measured, setting)
-    content = {"study": study.name, "layer": layer, "base_retrieval": base, "arms": found}
+    if not any(arm["retrieval"] for arm in found.values()):
+        base = {}
+    content = {"study": study.name, "metric": study.metric, "layer": layer, "base_retrieval": base, "arms": found}
     text = table(study, found, base, layer)
     if study.name == "main":
         text += correlations(found, {name: values[layer] for name, values in by_language(measured).items()})
         _by_layer(found, base, layer, folder / "retrieval.png")
     (folder / f"{study.name}.json").write_text(json.dumps(content, indent=1) + "\n")
     (folder / f"{study.name}.md").write_text(text)
+    with_both = {name: arm["gradients"] for name, arm in found.items() if arm["gradients"]["layers"]}
+    if with_both:
+        _gradients(study, with_both, folder / f"{study.name}_gradients.png")
     (_curve if study.axis else _bars)(study, found, folder / f"{study.name}.png")
 
 
@@ -103,29 +127,35 @@ def correlations(found: dict[str, dict], base: dict[str, float]) -> str:
 
 def table(study: Study, found: dict[str, dict], base: dict[str, list[float]], layer: int) -> str:
     """Two Markdown tables: groups with intervals, and languages."""
-    groups = [name for name in GROUPS if any(name in arm["f1"] for arm in found.values())]
+    label, groups = study.metric, _groups(found)
     others = [name for name in groups if name in base]
-    head = ["", "seeds", *(f"F1 {name}" for name in groups), *(f"retrieval {name}" for name in others), "seconds"]
-    rows = [["base model", "", *[""] * len(groups), *(f"{base[name][layer]:.2f}" for name in others), ""]]
+    head = ["", "seeds", *(f"{label} {name}" for name in groups), *(f"retrieval {name}" for name in others), "seconds"]
+    before = ["base model", "", *[""] * len(groups), *(f"{base[name][layer]:.2f}" for name in others), ""]
+    rows = [before] if others else []
     for name, arm in found.items():
-        f1 = [_cell(arm["f1"][group]) for group in groups]
+        scores = [_cell(arm["groups"][group]) for group in groups]
         accuracy = [_cell(arm["retrieval"][group]) for group in others]
-        rows.append([name, str(len(arm["seeds"])), *f1, *accuracy, f"{np.mean(arm['seconds']):.0f}"])
+        rows.append([name, str(len(arm["seeds"])), *scores, *accuracy, f"{np.mean(arm['seconds']):.0f}"])
     languages = list(next(iter(found.values()))["languages"])
-    f1 = [[name, *(f"{np.mean(arm['languages'][each]):.3f}" for each in languages)] for name, arm in found.items()]
+    scores = [[name, *(f"{np.mean(arm['languages'][each]):.3f}" for each in languages)] for name, arm in found.items()]
     return "\n".join(
         [
             f"# {study.title}",
             "",
             *_markdown(head, rows),
             "",
-            f"Means over seeds, with 95% intervals (Student's t). Retrieval: accuracy at layer {layer}, to and from "
-            "English. Seconds: of training, beside as many other cells as --jobs says.",
+            "Means over seeds, with 95% intervals (Student's t). "
+            + (f"Retrieval: accuracy at layer {layer}, to and from English. " if base else "")
+            + "Seconds: of training, beside as many other cells as --jobs says.",
             "",
-            *_markdown(["F1", *languages], f1),
+            *_markdown([label, *languages], scores),
             "",
         ]
     )
+
+
+def _groups(found: dict[str, dict]) -> list[str]:
+    return [name for name in GROUPS if any(name in arm["groups"] for arm in found.values())]
 
 
 def _cell(values: list[float]) -> str:
@@ -138,13 +168,13 @@ def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _bars(study: Study, found: dict[str, dict], path: Path) -> None:
-    """F1 of each arm by group, a point a seed."""
-    groups = [name for name in GROUPS if any(name in arm["f1"] for arm in found.values())]
+    """Scores of each arm by group, a point a seed."""
+    groups = _groups(found)
     figure, axis = plt.subplots(figsize=(max(6, 1.7 * len(found) + 1), 4), layout="constrained")
     width = 0.8 / len(groups)
     for number, group in enumerate(groups):
         places = np.arange(len(found)) + (number - (len(groups) - 1) / 2) * width
-        values = [arm["f1"][group] for arm in found.values()]
+        values = [arm["groups"][group] for arm in found.values()]
         means, halves = zip(*(interval(each) for each in values))
         bars = axis.bar(
             places, means, width, label=group, color=_COLOURS[group], hatch=_HATCHES[group], edgecolor="white"
@@ -161,18 +191,20 @@ def _bars(study: Study, found: dict[str, dict], path: Path) -> None:
             axis.plot([place] * len(each), each, "k.", markersize=3)
     seeds = [len(arm["seeds"]) for arm in found.values()]
     axis.set_xticks(range(len(found)), [f"{name}\n{n} seed{'s' * (n > 1)}" for name, n in zip(found, seeds)])
-    axis.set(ylabel="F1", ylim=(0, 1.15 * axis.get_ylim()[1]), title=study.title)
+    axis.set(ylabel=study.metric, ylim=(0, 1.15 * axis.get_ylim()[1]), title=study.title)
     axis.legend(frameon=False, ncols=len(groups), loc="upper right")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def _curve(study: Study, found: dict[str, dict], path: Path) -> None:
-    """F1 and retrieval accuracy against what the arms vary, with intervals."""
+    """Scores and retrieval accuracy against what the arms vary, with intervals."""
     arms = list(found.values())
     places = range(len(arms))
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharex=True)
-    for axis, measure, label in zip(axes, ("f1", "retrieval"), ("F1", "retrieval accuracy, to and from English")):
+    for axis, measure, label in zip(
+        axes, ("groups", "retrieval"), (study.metric, "retrieval accuracy, to and from English")
+    ):
         for group in GROUPS:
             if group not in arms[0][measure]:
                 continue
@@ -190,18 +222,49 @@ def _curve(study: Study, found: dict[str, dict], path: Path) -> None:
     plt.close(figure)
 
 
+def _gradients(study: Study, found: dict[str, dict], path: Path) -> None:
+    """Cosine and norm ratio of the two objectives' gradients at every layer that alignment reaches."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharex=True)
+    for axis, kind, label in zip(axes, ("cosine", "norm_ratio"), ("cosine", "norm of alignment / norm of task")):
+        for number, (name, each) in enumerate(found.items()):
+            colour = plt.get_cmap("cividis")(number / max(1, len(found) - 1) * 0.85)
+            axis.plot(
+                each["layers"],
+                each[kind],
+                color=colour,
+                linestyle=_STYLES[number % 5],
+                marker="s",
+                markersize=3,
+                label=name,
+            )
+        axis.set(xlabel="layer (0 = embeddings)", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].axhline(0, color="black", linewidth=0.8)
+    axes[1].set_yscale("log")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False, title=study.title
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def _by_layer(found: dict[str, dict], base: dict[str, list[float]], layer: int, path: Path) -> None:
     """Retrieval accuracy at every layer, before and after, a panel a group."""
     figure, axes = plt.subplots(
         1, len(base), figsize=(4.4 * len(base), 3.8), layout="constrained", sharey=True, squeeze=False
     )
-    styles = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
     for axis, group in zip(axes.flat, base):
         axis.plot(base[group], color="#777777", marker="o", markersize=3, label="base model")
         for number, (name, arm) in enumerate(found.items()):
             colour = plt.get_cmap("cividis")(number / max(1, len(found) - 1) * 0.85)
             axis.plot(
-                arm["by_layer"][group], color=colour, linestyle=styles[number % 5], marker="s", markersize=3, label=name
+                arm["by_layer"][group],
+                color=colour,
+                linestyle=_STYLES[number % 5],
+                marker="s",
+                markersize=3,
+                label=name,
             )
         axis.axvline(layer, color="black", linewidth=0.8, linestyle=(0, (1, 2)))
         axis.set(title=f"{group} languages", xlabel="layer (decoder blocks run)", ylim=(0, 1))

@@ -8,14 +8,14 @@ published. No dev or test row is trained on, by the base model neither.
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from cells import mlalign
 from rich.progress import Progress
-from studies import LANGUAGES, PAIRS, Study
+from studies import JSON, LANGUAGES, PAIRS, TRANSLATION, TYPES, WORDS, Study, Task
 
 from mlalign.base_model import Shape, train_base
 from mlalign.errors import UserError
@@ -38,6 +38,7 @@ class Size:
     aligned: tuple[str, ...]  #: languages of the bitext
     unseen: tuple[str, ...]  #: in the base model's text alone
     test_rows: int  #: per language
+    corpora: tuple[str, ...] = ("massive", "tatoeba")  #: in the base model's text
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -48,6 +49,7 @@ class Size:
 _PAPER = ("ar", "en", "es", "ru", "zh")
 _ALIGNED = ("af", "cy", "de", "el", "fi", "fr", "he", "hi", "ja", "ka", "ko", "pl", "sw", "th", "tr", "vi")
 _UNSEEN = ("am", "az", "bn", "is", "jv", "km", "kn", "ta")
+_ALL = ("massive", "tatoeba", "uner", "mt")
 SIZES = {
     "5m": Size(
         Shape(hidden=192, intermediate=512, layers=8, heads=4, vocabulary=6000, max_tokens=256),
@@ -59,6 +61,17 @@ SIZES = {
         unseen=("af", "az"),
         test_rows=300,
     ),
+    "5m-wide": Size(
+        Shape(hidden=192, intermediate=512, layers=8, heads=4, vocabulary=8000, max_tokens=256),
+        base_steps=3000,
+        steps=300,
+        lr=3e-3,
+        supervised=_PAPER,
+        aligned=("de", "fr", "hi", "sw", "tr"),
+        unseen=("af", "az"),
+        test_rows=300,
+        corpora=_ALL,
+    ),
     "15m": Size(
         Shape(hidden=320, intermediate=864, layers=10, heads=5, vocabulary=12_000, max_tokens=256),
         base_steps=15_000,
@@ -68,6 +81,7 @@ SIZES = {
         aligned=_ALIGNED,
         unseen=_UNSEEN,
         test_rows=800,
+        corpora=_ALL,
     ),
     "100m": Size(
         Shape(hidden=768, intermediate=2048, layers=12, heads=12, vocabulary=24_000, max_tokens=256),
@@ -78,32 +92,33 @@ SIZES = {
         aligned=_ALIGNED,
         unseen=_UNSEEN,
         test_rows=800,
+        corpora=_ALL,
     ),
 }
 
 
 def prepare(data: Path, folder: Path, size: Size, studies: list[Study]) -> None:
-    """Fill `folder` with types/, words/, parallel/ and bitext; what `mlalign prepare` has finished there is kept.
+    """Fill `folder` with tasks, parallel/ and bitext, for `studies`; what `mlalign prepare` has finished there is kept.
 
-    types/ has the answers that carry over in a tiny model, an intent and slot types, which are the same in every
-    language; words/ the paper's, slots with words of the utterance. massive/ is bitext of the task's own domain,
-    without any labelled utterance, tatoeba/ is not. massive-pairs-N has N pairs of each language, massive-languages-N
-    the first N languages; they are made for `studies` that want them.
+    massive/ is bitext of the first task's own domain, without any labelled utterance, tatoeba/ is not. massive-pairs-N
+    has N pairs of each language, massive-languages-N the first N languages; tatoeba-X has the languages of task X.
     Raises UserError where `data` lacks a file.
     """
+    arms = [arm for study in studies for arm in study.arms]
     _write_types(data, folder / "types", size)
     for language, path in _files(data / "massive", size.languages, "*.dev.jsonl").items():
         rows = [{"id": row["id"], "text": row["utt"]} for row in _rows(path)]
         _write(folder / f"parallel/{language}.jsonl", rows[:PROBE_SENTENCES])
-    _write(folder / "held_out.jsonl", ({"text": text} for text in sorted(_held_out(data, "*"))))
-
-    _prepare(folder, "words", "massive", data / "massive", "--format", "plain", "--languages", ",".join(size.languages))
-    for language in {*size.languages} - {*size.supervised}:
-        (folder / f"words/train.{language}.jsonl").unlink(missing_ok=True)
-    labelled = [language for language in size.supervised if language != "en"]
+    _write(folder / "held_out.jsonl", ({"text": text} for text in sorted(_held_out(data))))
     options = ["--dev", 50, "--against", folder / "held_out.jsonl", "--languages"]
-    files = _files(data / "tatoeba", [*labelled, *size.aligned], "*-eng.jsonl")
-    codes = ["eng", *(path.stem.removesuffix("-eng") for path in files.values())]
+    for task in {arm.task for arm in arms} - {TYPES}:
+        _write_task(data, folder, task, size)
+        if task.aligned:
+            codes = _bitext_codes(data, task.aligned)
+            _prepare(folder, f"tatoeba-{task.name}", "bitext", data / "tatoeba", *options, ",".join(codes))
+
+    labelled = [language for language in size.supervised if language != "en"]
+    codes = _bitext_codes(data, [*labelled, *size.aligned])
     _prepare(folder, "tatoeba", "bitext", data / "tatoeba", *options, ",".join(codes))
 
     files = _files(data / "massive_text", ["en", *labelled, *size.aligned])
@@ -111,7 +126,7 @@ def prepare(data: Path, folder: Path, size: Size, studies: list[Study]) -> None:
     subsets = {"massive": (codes, [])}
     subsets |= {f"massive-pairs-{pairs}": (codes, ["--max-rows", pairs]) for pairs in PAIRS}
     subsets |= {f"massive-languages-{number}": (codes[: 1 + len(labelled) + number], []) for number in LANGUAGES}
-    wanted = [change for study in studies for arm in study.arms for change in arm.changes]
+    wanted = [change for arm in arms for change in arm.changes]
     for name, (chosen, more) in subsets.items():
         if name == "massive" or any(f"/{name}/" in change for change in wanted):
             more = ["--against", folder / "types/train.*.jsonl", *more]
@@ -121,6 +136,20 @@ def prepare(data: Path, folder: Path, size: Size, studies: list[Study]) -> None:
 def _prepare(folder: Path, name: str, dataset: str, source: Path, *options: object) -> None:
     if not (folder / name / "prepare.json").exists():
         mlalign(folder / "prepare.log", "prepare", dataset, source, folder / name, *options)
+
+
+def _write_task(data: Path, folder: Path, task: Task, size: Size) -> None:
+    """Rows of a task in one of the paper's formats, with labels in its supervised languages alone."""
+    name, options = task.name, ["--format", "plain"]
+    if task is WORDS:
+        _prepare(folder, name, "massive", data / "massive", *options, "--languages", ",".join(size.languages))
+    elif task is JSON:
+        _prepare(folder, name, "uner", data / "uner", *options)
+    else:
+        _prepare(folder, name, "translation", data / "mt", *options)
+    for path in (folder / name).glob("train.*.jsonl"):
+        if path.name.split(".")[1] not in (task.supervised or size.supervised):
+            path.unlink()
 
 
 def base_model(data: Path, folder: Path, size: Size, seed: int, deadline: float) -> None:
@@ -133,7 +162,7 @@ def base_model(data: Path, folder: Path, size: Size, seed: int, deadline: float)
     if folder.exists():
         say(f"kept from an earlier start: {folder}")
         return
-    sentences = [text for language in size.languages for text in _texts(data, language)]
+    sentences = list(_texts(data, size))
     intents, types = labels(data)
     rng = random.Random(seed)
     for _ in range(len(sentences) // 20):
@@ -168,7 +197,7 @@ def _write_types(data: Path, folder: Path, size: Size) -> None:
     wanted = {"train": size.supervised, "dev": size.languages, "test": size.languages}
     for split, languages in wanted.items():
         for language, path in _files(data / "massive", languages, f"*.{split}.jsonl").items():
-            kept_out = _held_out(data, path.name.split(".")[0]) if split == "train" else ()
+            kept_out = _utterances(data, path.name.split(".")[0]) if split == "train" else ()
             rows = (
                 {
                     "id": row["id"],
@@ -183,18 +212,49 @@ def _write_types(data: Path, folder: Path, size: Size) -> None:
             _write(folder / f"{split}.{language}.jsonl", rows)
 
 
-def _texts(data: Path, language: str) -> Iterator[str]:
-    """Unlabelled sentences of a language, and of the English side of its bitext, no dev or test utterances."""
-    path = _files(data / "massive_text", [language])[language]
-    kept_out = _held_out(data, path.stem) | _held_out(data, "en-*")
-    yield from (row["utt"] for row in _rows(path) if row["utt"] not in kept_out)
-    for bitext in sorted((data / "tatoeba").glob("*-eng.jsonl")):
-        if language_of(bitext.stem.removesuffix("-eng")) == language:
-            sides = (row[side] for row in _rows(bitext) for side in ("src", "tgt"))
-            yield from (text for text in sides if text not in kept_out)
+def _texts(data: Path, size: Size) -> Iterator[str]:
+    """Unlabelled sentences of all languages, and the English side of their bitext; nothing of dev and test."""
+    for language in size.languages:
+        path = _files(data / "massive_text", [language])[language]
+        kept_out = _utterances(data, path.stem) | _utterances(data, "en-*")
+        yield from (row["utt"] for row in _rows(path) if row["utt"] not in kept_out)
+        yield from (text for path in _tatoeba(data, [language]) for text in _sides(path) if text not in kept_out)
+    kept_out = _held_out(data)
+    for task in (JSON, TRANSLATION):
+        if task.corpus in size.corpora:
+            paths = [
+                *_tatoeba(data, set(task.aligned) - {*size.languages}),
+                *(data / task.corpus).glob("*train*.jsonl"),
+            ]
+            yield from (text for path in sorted(paths) for text in _sides(path) if text not in kept_out)
 
 
-def _held_out(data: Path, locales: str) -> set[str]:
+def _tatoeba(data: Path, languages: Collection[str]) -> list[Path]:
+    """Bitext with English of those languages that Tatoeba has."""
+    paths = sorted((data / "tatoeba").glob("*-eng.jsonl"))
+    return [path for path in paths if language_of(path.stem.removesuffix("-eng")) in languages]
+
+
+def _bitext_codes(data: Path, languages: Collection[str]) -> list[str]:
+    """English's and those languages', as Tatoeba's files have them. Raises UserError where one has no file."""
+    files = _files(data / "tatoeba", [*languages], "*-eng.jsonl")
+    return ["eng", *(path.stem.removesuffix("-eng") for path in files.values())]
+
+
+def _sides(path: Path) -> Iterator[str]:
+    """Texts of rows of bitext or of UNER."""
+    yield from (row[side] for row in _rows(path) for side in ("src", "tgt", "text") if side in row)
+
+
+def _held_out(data: Path) -> set[str]:
+    """All dev and test sentences."""
+    paths = [
+        path for corpus in ("uner", "mt") for split in ("dev", "test") for path in (data / corpus).glob(f"*{split}*")
+    ]
+    return _utterances(data, "*") | {text for path in paths for text in _sides(path)}
+
+
+def _utterances(data: Path, locales: str) -> set[str]:
     """Dev and test utterances of the locales of a glob."""
     paths = [path for split in ("dev", "test") for path in (data / "massive").glob(f"{locales}.{split}.jsonl")]
     return {row["utt"] for path in paths for row in _rows(path)}

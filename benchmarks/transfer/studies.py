@@ -7,6 +7,27 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class Task:
+    """What is answered, and how answers are scored; material.py makes its rows, in a folder of its name."""
+
+    name: str
+    scorer: str  #: of `mlalign evaluate --task`
+    metric: str  #: of its scores
+    max_new_tokens: int
+    corpus: str = "massive"  #: which the base model must have read
+    supervised: tuple[str, ...] | None = None  #: languages or directions; None = those of the size
+    aligned: tuple[str, ...] | None = None
+
+
+#: Answers that carry over in a tiny model: an intent and slot types, the same in every language.
+TYPES = Task("types", "items", "f1", 16)
+#: The paper's, with words of the utterance.
+WORDS = Task("words", "slot_filling", "f1", 48)
+JSON = Task("json", "json_extraction", "f1", 96, "uner", ("en",), ("da", "hr", "pt", "sk", "sv", "zh"))
+TRANSLATION = Task("translation", "translation", "chrf++", 80, "mt", ("de-en", "en-de"), ("cs", "is", "ru", "zh"))
+
+
+@dataclass(frozen=True)
 class Arm:
     """One way to train. {data} in a change is the directory that material.py fills."""
 
@@ -16,7 +37,7 @@ class Arm:
     parts: tuple["Arm", "Arm"] | None = None  #: merged from a task adapter and an alignment adapter
     merge: str = "auto"  #: the merge weight, or auto: tuned on dev rows of the supervised languages
     x: str | None = field(default=None, compare=False)  #: its place on the axis of its study's curve
-    answers: str = "types"  #: folder of the task's rows: types, or words as in the paper
+    task: Task = TYPES
 
 
 @dataclass(frozen=True)
@@ -28,13 +49,18 @@ class Study:
     arms: tuple[Arm, ...]
     axis: str | None = None  #: label of `Arm.x`; None = bars
 
+    @property
+    def metric(self) -> str:
+        """What all arms are scored by, in words."""
+        return {"f1": "F1", "chrf++": "chrF++"}[self.arms[0].task.metric]
+
 
 def _bitext(name: str, languages: str = "*") -> tuple[str, ...]:
     return tuple(f"alignment.{split}=[{{data}}/{name}/{split}.{languages}.jsonl]" for split in ("train", "dev"))
 
 
 PAIRS = (50, 200, 1000)  #: of each language, beside all there are
-LANGUAGES = (1, 2, 3)  #: in the bitext, beside all there are
+LANGUAGES = (1, 3)  #: in the bitext, beside all there are
 
 NO_ALIGNMENT = ("alignment=null", "interleave.ratio=1:0")
 
@@ -92,6 +118,15 @@ def _batch(pairs: int) -> Arm:
     return Arm(f"batch {pairs}", changes, x=str(pairs))
 
 
+def _task_and_bitext(task: Task) -> tuple[Arm, ...]:
+    """The main comparison on another task, aligned on Tatoeba."""
+    long = "task.max_length=256"
+    return (
+        Arm(f"task only, {task.name}", (*NO_ALIGNMENT, long), task=task),
+        Arm(f"aligned, {task.name}", (*_bitext(f"tatoeba-{task.name}"), long), task=task),
+    )
+
+
 STUDIES = {
     study.name: study
     for study in (
@@ -106,7 +141,7 @@ STUDIES = {
             _each("weight", "alignment.weight", (0.03, 0.1, 0.3, 1, 3), 0.1),
             "weight",
         ),
-        Study("batch", "Pairs of a batch", tuple(map(_batch, (8, 16, 32, 64, 128, 256))), "pairs of a batch"),
+        Study("batch", "Pairs of a batch", tuple(map(_batch, (8, 32, 64, 256))), "pairs of a batch"),
         Study(
             "pairs",
             "How much bitext",
@@ -141,12 +176,19 @@ STUDIES = {
         Study(
             "cost",
             "The same compute",
-            (TASK_ONLY, Arm("task only, 2 x steps", (*NO_ALIGNMENT, "optimizer.steps={twice}")), ALIGNED),
+            (
+                TASK_ONLY,
+                Arm("task only, twice the steps", (*NO_ALIGNMENT, "optimizer.steps={twice}")),
+                ALIGNED,
+                Arm("aligned, half the steps", ("optimizer.steps={half}",)),
+            ),
         ),
         Study(
             "words",
             "Answers in words of the utterance, as in the paper",
-            (Arm("task only, words", NO_ALIGNMENT, answers="words"), Arm("aligned, words", answers="words")),
+            (Arm("task only, words", NO_ALIGNMENT, task=WORDS), Arm("aligned, words", task=WORDS)),
         ),
+        Study("json", "JSON extraction", _task_and_bitext(JSON)),
+        Study("translation", "Translation", _task_and_bitext(TRANSLATION)),
     )
 }

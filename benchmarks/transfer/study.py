@@ -60,7 +60,13 @@ def main() -> None:
             raise UserError(f"study {unknown[0]} is none of {', '.join(STUDIES)}")
         if options.seeds < 1 or options.jobs < 1:
             raise UserError("--seeds and --jobs must be at least 1")
-        run([STUDIES[name] for name in options.studies or ["main"]], options)
+        studies = [STUDIES[name] for name in options.studies or ["main"]]
+        for study in studies:
+            corpus = study.arms[0].task.corpus
+            if options.model is None and corpus not in material.SIZES[options.size].corpora:
+                fitting = [name for name, size in material.SIZES.items() if corpus in size.corpora]
+                raise UserError(f"study {study.name} needs a base model that has read {corpus}: --size {fitting[0]}")
+        run(studies, options)
     except UserError as error:
         sys.exit(f"study: error: {error}")
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ from mlalign.config import Config
 from mlalign.dataset import Dataset, load_dataset
 from mlalign.errors import UserError
 from mlalign.evaluation import evaluate, to_device
+from mlalign.gradients import GradientMeter
 from mlalign.guards import (
     memory_said,
     refuse_diverged,
@@ -124,6 +125,10 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
         def asked_to_stop() -> bool:
             return distributed.any_rank(signals.received)
 
+        def comes_to(objective: str) -> None:
+            watch.at(f"{objective} batch", progress.step + 1)
+            gradients.begin(objective)
+
         engine.train()
         while True:
             watch.at("decisions", progress.step)
@@ -155,13 +160,13 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
                 break
 
             watch.at("data", progress.step + 1)
+            log_now = (progress.step + 1) % config.log_every == 0 or progress.step + 1 == steps
             batches, mark = loader.take(), meter.mark()
-            with_task = _backward(
-                engine, config, batches, meter, lambda objective: watch.at(f"{objective} batch", progress.step + 1)
-            )
+            gradients = GradientMeter(engine.module, wanted=log_now and config.log_gradients)
+            with gradients:
+                with_task = _backward(engine, config, batches, meter, comes_to)
             watch.at("optimizer", progress.step + 1)
             lr = config.optimizer.lr * lr_factor(progress.step)
-            log_now = (progress.step + 1) % config.log_every == 0 or progress.step + 1 == steps
             grad_norm = _optimizer_step(engine, lr, with_task, measure=log_now)
             progress.count(taken=sharding.step_was_taken(engine))
             tracker.advance(progress.step)
@@ -175,6 +180,8 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
                 refuse_diverged(engine.module.lm, progress.step, run_dir)
                 values = {"train/lr": lr, "train/epoch": _epochs(loader, dataset)}
                 tracker.log(progress.step, meter.read() | values | _step_values(progress, grad_norm))
+                if config.log_gradients:
+                    tracker.log(progress.step, gradients.read(), quiet=True)
     tracker.close()
     if any(section and section.streaming for section in (config.task, config.alignment)):
         _say_counts(dataset)

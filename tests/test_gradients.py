@@ -1,0 +1,128 @@
+"""Telemetry of gradients: the same as two plain backward passes give, on any number of ranks and ZeRO stage."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from omegaconf import OmegaConf
+
+from mlalign.config import Config, load
+from mlalign.errors import UserError
+
+
+def measured(values: dict, zero: dict, elements: int) -> dict[str, float]:
+    """On one rank of many: the first step of `mlalign train`."""
+    from mlalign import gradients, model, sharding
+    from mlalign.commands import train
+    from mlalign.dataset import load_dataset
+    from mlalign.loader import Loader
+    from mlalign.packing import choose_pad
+    from mlalign.tracker import Meter
+
+    usual, gradients._ELEMENTS = gradients._ELEMENTS, elements
+    config = Config.model_validate(values)
+    tokenizer = model.load_tokenizer(config.model)
+    dataset = load_dataset(config, tokenizer)
+    engine = train._make_engine(config, sharding.engine_config(config, zero), layer=2)
+    engine.train()
+    meter = gradients.GradientMeter(engine.module)
+    with meter:
+        batches = Loader(config, dataset.orders, choose_pad(engine, config.model, tokenizer), end=1).take()
+        train._backward(engine, config, batches, Meter(), meter.begin)
+    gradients._ELEMENTS = usual
+    assert not any(parameter._backward_hooks for parameter in engine.module.parameters())
+    found = meter.read()
+    engine.destroy()
+    return found
+
+
+def wanted(config: Config, elements: int) -> dict[str, float]:
+    """From two backward passes over whole batches, of layers 0 to 2."""
+    lm = reference.load(config)
+    dataset = reference.load_dataset(config, reference.load_tokenizer(config.model))
+    named = {name: p for name, p in lm.named_parameters() if p.requires_grad and not reference.is_above(name, 2)}
+    losses = (
+        reference.task_loss(lm, dataset.orders["task"].take(config.task.batch_size)),
+        config.alignment.weight
+        * reference.alignment_loss(
+            lm, dataset.orders["alignment"].take(config.alignment.batch_size), 2, config.alignment.temperature
+        ),
+    )
+    layers: dict[int, list[list[torch.Tensor]]] = {}
+    by_name = [dict(zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True))) for loss in losses]
+    for name, parameter in named.items():
+        block = re.search(r"layers\.(\d+)\.", name)
+        both = [each[name] if each[name] is not None else torch.zeros_like(parameter) for each in by_name]
+        layers.setdefault(int(block.group(1)) + 1 if block else 0, []).append(both)
+    found = {}
+    for layer, parameters in layers.items():
+        every = math.ceil(sum(both[0].numel() for both in parameters) / elements)
+        task, alignment = (
+            torch.cat([both[side].flatten()[::every].double() for both in parameters]) for side in (0, 1)
+        )
+        found[f"gradients/cosine_layer_{layer:02}"] = float(task @ alignment / task.norm() / alignment.norm())
+        found[f"gradients/norm_ratio_layer_{layer:02}"] = float(alignment.norm() / task.norm())
+    return found
+
+
+@pytest.mark.parametrize("adapters", ["lora", "full"])
+@pytest.mark.parametrize("size, stage", [(1, 0), (2, 1), (2, 2), (2, 3), (4, 0), (4, 3)])
+def test_cosines_and_norms_are_those_of_two_plain_passes(ranks, settings, size, stage, adapters):
+    settings["alignment"] |= {"weight": 0.7, "micro_batch_size": 2}  # in chunks, all but one encoded twice
+    if adapters == "full":
+        settings["lora"] = None
+    found = ranks(size).run(measured, settings, {"zero_optimization": {"stage": stage}}, 2**20)
+    assert all(each == found[0] for each in found)
+    expected = wanted(Config.model_validate(settings), 2**20)
+    layers = [1, 2] if adapters == "lora" else [0, 1, 2]
+    names = [f"gradients/{kind}_layer_{layer:02}" for layer in layers for kind in ("cosine", "norm_ratio")]
+    assert list(found[0]) == names
+    assert found[0] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert any(abs(expected[name]) > 1e-2 for name in names if "cosine" in name)
+
+
+def test_of_a_large_layer_every_nth_element_is_looked_at(ranks, settings):
+    found = ranks(2).run(measured, settings, {"zero_optimization": {"stage": 2}}, 100)[0]
+    assert found == pytest.approx(wanted(Config.model_validate(settings), 100), rel=1e-3, abs=1e-4)
+    assert found != pytest.approx(wanted(Config.model_validate(settings), 2**20), rel=1e-3, abs=1e-4)
+
+
+def test_a_run_logs_them_and_takes_the_same_steps(settings, tmp_path, capfd):
+    """At log steps, in metrics.jsonl and TensorBoard; the console stays readable."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from mlalign.commands.train import train
+
+    losses = {}
+    for name, logged in (("with", True), ("without", False)):
+        more = {"run_dir": str(tmp_path / name), "log_every": 2, "log_gradients": logged}
+        train(Config.model_validate(settings | more))
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [line["train/task_loss"] for line in lines if "train/task_loss" in line]
+        steps = [line["step"] for line in lines if "gradients/cosine_layer_01" in line]
+        assert steps == ([2, 3] if logged else [])
+    assert losses["with"] == losses["without"]
+    events = EventAccumulator(str(tmp_path / "with/tensorboard")).Reload()
+    assert len(events.Scalars("gradients/norm_ratio_layer_02")) == 2
+    assert "cosine" not in capfd.readouterr().out
+
+
+def test_alternating_runs_have_nothing_to_compare_and_are_refused(settings, tmp_path):
+    OmegaConf.save(OmegaConf.create(settings), tmp_path / "c.yaml")
+    assert load(tmp_path / "c.yaml", ["log_gradients=true", "alignment=null", "interleave.ratio=1:0"])
+    with pytest.raises(
+        UserError, match=r"log_gradients compares two objectives of one step: in mode alternate no step"
+    ):
+        load(tmp_path / "c.yaml", ["log_gradients=true", "interleave.mode=alternate"])
+
+
+def test_a_run_of_one_objective_logs_none(settings):
+    from mlalign.commands.train import train
+
+    settings |= {"alignment": None, "interleave": {"ratio": "1:0"}, "log_gradients": True}
+    train(Config.model_validate(settings))
+    assert "gradients/" not in (Path(settings["run_dir"]) / "metrics.jsonl").read_text()
