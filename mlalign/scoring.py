@@ -35,6 +35,12 @@ class Scores:
         return float(low), float(high)
 
 
+def f1(right: np.ndarray, found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Micro F1; 1 where there was nothing to find and nothing was found."""
+    both = np.asarray(found + wanted, dtype=float)
+    return np.where(both > 0, 2 * right / np.maximum(both, 1), 1.0)
+
+
 def score(task: ModuleType, counts: Counts, ids: list, language: str, seed: int, samples: int = SAMPLES) -> Scores:
     """Score one language. Args: ids: of the rows; a row without one (None) is taken independently of all others."""
     rows = len(ids)

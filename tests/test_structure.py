@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "mlalign"
 LAYERS = [
     {"errors", "loss", "pooling", "retrieval", "plots", "languages", "demo_data", "base_model"}
     | {"tasks.prompts", "sifting", "corpora", "jobs", "kernels", "prefetch", "durable"},
-    {"launchers", "hostile"},
-    {"config", "distributed", "tasks", "tasks.slot_filling", "tasks.translation", "scoring"},
+    {"launchers", "hostile", "scoring"},
+    {"config", "distributed", "tasks", "tasks.slot_filling", "tasks.translation"},
     {
         "zero",
         "tracker",

@@ -134,7 +134,7 @@ def entities(locale: str, number: int) -> dict:
     return {"source": "made_up", "text": f"{row['utt']} {number}", "entities": [found]}
 
 
-TINY = Shape(hidden=32, intermediate=64, layers=4, heads=2, vocabulary=400, max_tokens=128)
+TINY = Shape(hidden=32, intermediate=64, layers=4, heads=2, vocabulary=400, max_tokens=256)
 
 
 @pytest.fixture

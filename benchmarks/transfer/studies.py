@@ -60,6 +60,7 @@ def _bitext(name: str, languages: str = "*") -> tuple[str, ...]:
 
 
 PAIRS = (50, 200, 1000)  #: of each language, beside all there are
+MERGE_WEIGHTS = ("0.2", "0.3", "0.4")  #: beside halves
 LANGUAGES = (1, 3)  #: in the bitext, beside all there are
 
 NO_ALIGNMENT = ("alignment=null", "interleave.ratio=1:0")
@@ -134,11 +135,24 @@ STUDIES = {
         Study(
             "merged", "Adapters: trained together, or apart and merged", (TASK_ADAPTER, JOINT_ADAPTER, MERGED, HALVES)
         ),
+        Study(
+            "merge_weight",
+            "The weight of the alignment adapter in a merged one",
+            (
+                Arm(TASK_ADAPTER.name, NO_ALIGNMENT, adapter=True, x="0"),
+                *(Arm(f"merged, {weight}", parts=MERGED.parts, merge=weight, x=weight) for weight in MERGE_WEIGHTS),
+                Arm(HALVES.name, parts=HALVES.parts, merge="0.5", x="0.5"),
+            ),
+            "merge weight",
+        ),
         Study("layer", "The layer of alignment", _each("layer", "alignment.layer", (1, 2, 4, 6, 8)), "layer"),
         Study(
             "weight",
             "The weight of alignment",
-            _each("weight", "alignment.weight", (0.03, 0.1, 0.3, 1, 3), 0.1),
+            (
+                Arm(TASK_ONLY.name, NO_ALIGNMENT, x="0"),
+                *_each("weight", "alignment.weight", (0.03, 0.1, 0.3, 1, 3), 0.1),
+            ),
             "weight",
         ),
         Study("batch", "Pairs of a batch", tuple(map(_batch, (8, 32, 64, 256))), "pairs of a batch"),

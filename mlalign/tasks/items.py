@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 
-from mlalign.tasks.slot_filling import f1
+from mlalign.scoring import f1
 
 MAIN = "f1"
 LOWER_IS_BETTER = ()

@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlalign.errors import UserError
+from mlalign.scoring import f1
 from mlalign.tasks.prompts import task_row
-from mlalign.tasks.slot_filling import f1
 
 MAIN = "f1"
 LOWER_IS_BETTER = ()

@@ -10,6 +10,7 @@ from seqeval.metrics.sequence_labeling import get_entities
 
 from mlalign.errors import UserError
 from mlalign.languages import language_of
+from mlalign.scoring import f1
 from mlalign.tasks.prompts import task_row
 
 MAIN = "f1"
@@ -71,12 +72,6 @@ def metrics(totals: dict[str, np.ndarray], rows: int | np.ndarray) -> dict[str, 
         "exact_match": totals["exact"] / rows,
         "malformed": totals["malformed"] / rows,
     }
-
-
-def f1(right: np.ndarray, found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Micro F1; 1 where there was nothing to find and nothing was found."""
-    both = np.asarray(found + wanted, dtype=float)
-    return np.where(both > 0, 2 * right / np.maximum(both, 1), 1.0)
 
 
 def describe(language: str) -> dict[str, str]:
