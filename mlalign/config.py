@@ -177,8 +177,10 @@ class Config(BaseModel, extra="forbid"):
         if (self.optimizer.steps is None) == (self.optimizer.epochs is None):
             raise ValueError("give either optimizer.steps or optimizer.epochs, and not both")
         main = self.task or self.alignment
-        if self.log_gradients and task and align and self.interleave.mode == "alternate":
-            raise ValueError("log_gradients compares two objectives of one step: in mode alternate no step has both")
+        batches = {"joint": task + align, "alternate": 1, "micro_batch": self.interleave.micro_batches}
+        size = batches[self.interleave.mode]
+        if self.log_gradients and size and task and align and task % size == align % size == 0:
+            raise ValueError("log_gradients compares two objectives of one step: with this interleave no step has both")
         if self.optimizer.epochs is not None and main.streaming:
             raise ValueError("optimizer.epochs needs the number of rows, which a stream hides: give optimizer.steps")
         if self.alignment and any(s.language for s in (*self.alignment.train, *self.alignment.dev)):

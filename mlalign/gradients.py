@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from mlalign.distributed import all_sum, device
 from mlalign.model import AlignedModel
 
-_ELEMENTS = 2**20  #: of a layer's gradient that are looked at: of more, every n-th
+_ELEMENTS = 2**20  #: of a layer's gradient that are looked at, about: of more, every n-th
 
 
 class GradientMeter:
@@ -23,7 +23,7 @@ class GradientMeter:
 
     def __init__(self, model: AlignedModel, wanted: bool = True) -> None:
         self._layers = model.reached() if wanted else {}
-        self._every = {layer: -(-sum(map(_size, each)) // _ELEMENTS) for layer, each in self._layers.items()}
+        self._every = {layer: _stride(parameters) for layer, parameters in self._layers.items()}
         self._sums: dict[str, dict[int, torch.Tensor]] = {}  #: objective -> id of a parameter -> gradient so far
         self._objective = ""
         self._handles: list[RemovableHandle] = []
@@ -41,8 +41,8 @@ class GradientMeter:
         self._sums.setdefault(objective, {})
 
     def _add(self, parameter: int, every: int, gradient: torch.Tensor) -> None:
-        part, sums = gradient.detach().reshape(-1)[::every].float(), self._sums[self._objective]
-        sums[parameter] = sums[parameter] + part if parameter in sums else part.clone()
+        part, sums = gradient.detach().reshape(-1)[::every], self._sums[self._objective]
+        sums[parameter] = sums[parameter] + part if parameter in sums else part.to(torch.float32, copy=True)
 
     def __exit__(self, *exception: Any) -> None:
         for handle in self._handles:
@@ -53,7 +53,8 @@ class GradientMeter:
         """`gradients/cosine_layer_04` and `gradients/norm_ratio_layer_04`: norm of alignment by that of the task.
 
         They are of the gradients over all ranks, each with its objective's weight, before clipping; from layer 1 (0,
-        the embeddings, where they are trained) to that of alignment. Called by all ranks, which reduce once.
+        the embeddings, where they are trained, with the LM head if it is tied to them) to that of alignment. Called by
+        all ranks, which reduce once.
         Returns: nothing where the step was not of both objectives, nor for a layer where one has no gradient.
         """
         if not self._layers or self._sums.keys() != {"task", "alignment"}:
@@ -88,5 +89,18 @@ def _compared(task: torch.Tensor, alignment: torch.Tensor) -> torch.Tensor:
     return torch.stack([cosine, norms[1] / norms[0]])
 
 
+def _stride(parameters: list[nn.Parameter]) -> int:
+    """Of how many elements one is looked at; prime to all row lengths, or it would be the same few columns of each."""
+    every = -(-sum(map(_size, parameters)) // _ELEMENTS)
+    widths = {_shape(parameter)[-1] for parameter in parameters if _shape(parameter)}
+    while any(math.gcd(every, width) > 1 for width in widths):
+        every += 1
+    return every
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)  # ds_: whole, where ZeRO-3 shards
+
+
 def _size(parameter: nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())  # ds_numel: whole, where ZeRO-3 shards
+    return math.prod(_shape(parameter))

@@ -123,12 +123,12 @@ class Tracker:
         if self._progress:
             self._progress.update(self._task, completed=step)
 
-    def log(self, step: int, values: dict[str, float], quiet: bool = False) -> None:
-        """Record metrics after `step` optimizer steps; `quiet` leaves the console out.
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record metrics after `step` optimizer steps; `gradients/...`, which are many, not on the console.
 
         Raises UserError where the disk does not take them.
         """
-        if self._file is None or not values:
+        if self._file is None:
             return
         seconds = round(time.monotonic() - self._start, 2)
         try:
@@ -143,9 +143,10 @@ class Tracker:
                 "same command goes on from the last checkpoint"
             ) from error
         groups: dict[str, list[str]] = {}
-        for name, value in () if quiet else values.items():
+        for name, value in values.items():
             group, _, short = name.partition("/")
             groups.setdefault(group, []).append(f"{short} {value:{_FORMATS.get(short, '.4f')}}")
+        groups.pop("gradients", None)
         for group, parts in groups.items():
             say(f"step {step}/{self._steps}  {group}  {'  '.join(parts)}")
 

@@ -9,14 +9,16 @@ import pytest
 import reference
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
+from mlalign import gradients
 from mlalign.config import Config, load
 from mlalign.errors import UserError
 
 
 def measured(values: dict, zero: dict, elements: int) -> dict[str, float]:
     """On one rank of many: the first step of `mlalign train`."""
-    from mlalign import gradients, model, sharding
+    from mlalign import model, sharding
     from mlalign.commands import train
     from mlalign.dataset import load_dataset
     from mlalign.loader import Loader
@@ -61,6 +63,8 @@ def wanted(config: Config, elements: int) -> dict[str, float]:
     found = {}
     for layer, parameters in layers.items():
         every = math.ceil(sum(both[0].numel() for both in parameters) / elements)
+        while any(math.gcd(every, both[0].shape[-1]) > 1 for both in parameters):
+            every += 1
         task, alignment = (
             torch.cat([both[side].flatten()[::every].double() for both in parameters]) for side in (0, 1)
         )
@@ -85,6 +89,30 @@ def test_cosines_and_norms_are_those_of_two_plain_passes(ranks, settings, size, 
     assert any(abs(expected[name]) > 1e-2 for name in names if "cosine" in name)
 
 
+def test_embeddings_that_are_tied_to_the_lm_head_have_its_gradient_too(ranks, settings, tmp_path):
+    tied = reference.load(Config.model_validate(settings | {"lora": None}))
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    tied.save_pretrained(tmp_path / "tied")
+    reference.load_tokenizer(Config.model_validate(settings).model).save_pretrained(tmp_path / "tied")
+    settings |= {"lora": None, "model": {"path": str(tmp_path / "tied")}}
+    found = ranks(2).run(measured, settings, {"zero_optimization": {"stage": 3}}, 2**20)[0]
+    expected = wanted(Config.model_validate(settings), 2**20)
+    assert "gradients/cosine_layer_00" in found and found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("shapes", [[(1000, 64), (64,)], [(512, 96), (96, 30)]])
+def test_every_column_of_a_matrix_is_looked_at(shapes, monkeypatch):
+    """Where the number of elements is a multiple of the row length, every n-th would be of a few columns."""
+    monkeypatch.setattr(gradients, "_ELEMENTS", 1000)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    every = gradients._stride(parameters)
+    assert every >= sum(parameter.numel() for parameter in parameters) / 1000
+    for parameter in parameters:
+        seen = torch.arange(parameter.numel())[::every] % parameter.shape[-1]
+        assert len(seen.unique()) == min(len(seen), parameter.shape[-1])
+
+
 def test_of_a_large_layer_every_nth_element_is_looked_at(ranks, settings):
     found = ranks(2).run(measured, settings, {"zero_optimization": {"stage": 2}}, 100)[0]
     assert found == pytest.approx(wanted(Config.model_validate(settings), 100), rel=1e-3, abs=1e-4)
@@ -106,6 +134,8 @@ def test_a_run_logs_them_and_takes_the_same_steps(settings, tmp_path, capfd):
         steps = [line["step"] for line in lines if "gradients/cosine_layer_01" in line]
         assert steps == ([2, 3] if logged else [])
     assert losses["with"] == losses["without"]
+    weights = [load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in losses]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     events = EventAccumulator(str(tmp_path / "with/tensorboard")).Reload()
     assert len(events.Scalars("gradients/norm_ratio_layer_02")) == 2
     assert "cosine" not in capfd.readouterr().out
@@ -113,11 +143,31 @@ def test_a_run_logs_them_and_takes_the_same_steps(settings, tmp_path, capfd):
 
 def test_alternating_runs_have_nothing_to_compare_and_are_refused(settings, tmp_path):
     OmegaConf.save(OmegaConf.create(settings), tmp_path / "c.yaml")
-    assert load(tmp_path / "c.yaml", ["log_gradients=true", "alignment=null", "interleave.ratio=1:0"])
-    with pytest.raises(
-        UserError, match=r"log_gradients compares two objectives of one step: in mode alternate no step"
-    ):
-        load(tmp_path / "c.yaml", ["log_gradients=true", "interleave.mode=alternate"])
+    micro_batches = ["interleave.mode=micro_batch", "interleave.micro_batches=2"]
+    for words in (["alignment=null", "interleave.ratio=1:0"], micro_batches, [*micro_batches, "interleave.ratio=2:1"]):
+        assert load(tmp_path / "c.yaml", ["log_gradients=true", *words])
+    for words in (["interleave.mode=alternate"], [*micro_batches, "interleave.ratio=4:2"]):
+        with pytest.raises(UserError, match=r"log_gradients compares two objectives of one step: with this interleave"):
+            load(tmp_path / "c.yaml", ["log_gradients=true", *words])
+
+
+def test_a_step_that_is_left_out_logs_none(settings, monkeypatch):
+    """A number that is none would be no JSON."""
+    from mlalign.commands import train
+
+    whole = train._backward
+
+    def broken(engine, config, batches, meter, *told):
+        for parameter in engine.module.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient: gradient * torch.nan)
+        return whole(engine, config, batches, meter, *told)
+
+    monkeypatch.setattr(train, "_backward", broken)
+    train.train(Config.model_validate(settings | {"log_every": 1, "log_gradients": True}))
+    lines = [json.loads(line) for line in (Path(settings["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/skipped_steps"] for line in lines if "train/skipped_steps" in line] == [1, 2, 3]
+    assert not any(name.startswith("gradients/") for line in lines for name in line)
 
 
 def test_a_run_of_one_objective_logs_none(settings):

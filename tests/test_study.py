@@ -101,6 +101,10 @@ def data(tmp_path_factory) -> Path:
         ]
         (folder / f"tatoeba/{code}-eng.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     other_tasks(folder)
+    leak = json.loads((folder / "uner/da.dev.jsonl").open().readline())["text"]
+    with (folder / "tatoeba/deu-eng.jsonl").open("a") as file:
+        row = {"id": "leak", "src_lang": "deu", "tgt_lang": "eng", "src": leak, "tgt": "held out elsewhere"}
+        file.write(json.dumps(row) + "\n")
     return folder
 
 
@@ -170,7 +174,8 @@ def test_from_data_to_tables_and_pictures(run_study, monkeypatch, capfd):
     arm = content["arms"]["aligned"]
     assert arm["groups"].keys() == {"supervised", "aligned", "unseen"}
     assert len(arm["languages"]) == 8 and len(arm["by_layer"]["aligned"]) == 5
-    assert arm["gradients"]["layers"] == [0, 1, 2] and all(-1 <= cosine <= 1 for cosine in arm["gradients"]["cosine"])
+    assert arm["gradients"]["layers"] == [0, 1, 2]
+    assert all(-1 <= low <= mean <= high <= 1 for low, mean, high in arm["gradients"]["cosine"])
     assert content["arms"]["task only"]["gradients"] == {"layers": [], "cosine": [], "norm_ratio": []}
     log = (output / "cells/aligned/seed-1/commands.log").read_text()
     assert [line.split()[2] for line in log.splitlines() if line.startswith("$")] == ["train", "evaluate", "probe"]
@@ -351,6 +356,9 @@ def test_every_arm_is_a_config(study, pretrained, tmp_path):
         assert (config.lora is not None) == (pretrained or cell.arm.adapter)
         if pretrained:
             assert config.lora.r == 8 and config.optimizer.lr == 5e-4
+        else:
+            assert config.optimizer.lr == (3e-3 if cell.arm.adapter else where.lr)
+        assert config.optimizer.steps == {"twice": 8, "half": 2}.get(cell.arm.name.split()[-3:][0], 4)
         assert config.seed == 3
 
 
@@ -400,10 +408,29 @@ def test_retrieval_is_to_and_from_english(tmp_path):
     assert found == {"aligned": [pytest.approx(0.6)], "unseen": [pytest.approx(0.3)]}
 
 
+GRADIENTS = {f"{kind}_layer_{layer:02}": [0.5, 2.0] for kind in ("cosine", "norm_ratio") for layer in (1, 2)}
+
+
+def test_gradients_of_all_log_steps_and_seeds_are_pooled(tmp_path):
+    lines = [
+        {"step": 1, "gradients/cosine_layer_01": 0.2, "gradients/norm_ratio_layer_01": 0.5},
+        {"step": 2, "train/task_loss": 1.0},
+        {"step": 3, "gradients/cosine_layer_01": -0.4, "gradients/norm_ratio_layer_01": 8.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cell = cells._gradients(tmp_path / "metrics.jsonl")
+    assert cell == {"cosine_layer_01": [0.2, -0.4], "norm_ratio_layer_01": [0.5, 8.0]}
+    other = {"cosine_layer_01": [0.5], "norm_ratio_layer_01": [0.25]}
+    found = findings.pooled_gradients([cell, {}, other])
+    assert found["layers"] == [1]
+    assert found["cosine"] == [[-0.4, pytest.approx(0.1), 0.5]]
+    assert found["norm_ratio"] == [[0.25, pytest.approx(1.0), 8.0]]
+
+
 def test_curves_are_drawn(tmp_path):
     arm = {"seeds": [1, 2], "groups": {"aligned": [0.1, 0.2]}, "retrieval": {"aligned": [0.5, 0.6]}, "seconds": [1, 1]}
     arm |= {"languages": {"de": [0.1, 0.2]}, "by_layer": {"aligned": [0.1] * 5}}
-    arm |= {"gradients": {"layers": [1, 2], "cosine": [0.1, -0.1], "norm_ratio": [0.5, 2.0]}}
+    arm |= {"gradients": findings.pooled_gradients([GRADIENTS, GRADIENTS])}
     found = {f"layer {x}": arm | {"x": str(x)} for x in (1, 2, 4)}
     measured = {"languages": ["de", "en"], "directions": [[[None, 0.1], [0.1, None]]] * 5}
     findings.write(STUDIES["layer"], found, measured, setting(tmp_path), tmp_path)

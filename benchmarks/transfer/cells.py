@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from studies import PAPER_ADAPTERS, SMALL_ADAPTERS, Arm
@@ -79,7 +79,9 @@ class Cell:
     def made_by(self) -> list:
         """What tells it from another arm of the same name; as in JSON."""
         arm = self.arm
-        return [[*arm.changes], arm.adapter, arm.task.name, arm.merge, [part.made_by() for part in self.parts()]]
+        adapters = [*SMALL_ADAPTERS] if arm.adapter else []
+        task = json.loads(json.dumps(asdict(arm.task)))
+        return [[*arm.changes], adapters, task, arm.merge, [part.made_by() for part in self.parts()]]
 
 
 def run_all(cells: list[Cell], setting: Setting, jobs: int) -> None:
@@ -127,7 +129,7 @@ def _run(cell: Cell, setting: Setting) -> dict:
     log, arm = folder / "commands.log", cell.arm
     folder.mkdir(parents=True, exist_ok=True)
     rows = setting.data / arm.task.name
-    supervised, aligned = groups(arm, setting)
+    supervised, aligned = trained_languages(arm, setting)
     run = folder / "run"
     with _counting(folder / "seconds.json") as count:
         if arm.parts:
@@ -171,11 +173,14 @@ def _counting(path: Path) -> Iterator[Callable[[], float]]:
         write_whole(path, json.dumps(before + time.monotonic() - start))
 
 
-def _gradients(path: Path) -> dict[str, float]:
-    """`cosine_layer_04`, `norm_ratio_layer_04`, ...: means over log steps. Nothing of a run with one objective."""
-    lines = [line for line in map(json.loads, path.read_text().splitlines()) if "gradients/cosine_layer_01" in line]
-    names = [name for name in (lines[0] if lines else {}) if name.startswith("gradients/")]
-    return {name.removeprefix("gradients/"): sum(line[name] for line in lines) / len(lines) for name in names}
+def _gradients(path: Path) -> dict[str, list[float]]:
+    """`cosine_layer_04`, `norm_ratio_layer_04`, ...: a value for each log step; nothing of a run with one objective."""
+    found: dict[str, list[float]] = {}
+    for line in map(json.loads, path.read_text().splitlines()):
+        for name, value in line.items():
+            if name.startswith("gradients/"):
+                found.setdefault(name.removeprefix("gradients/"), []).append(value)
+    return found
 
 
 def _summary(result: dict) -> str:
@@ -188,7 +193,7 @@ def _scoring(arm: Arm) -> list[object]:
     return ["--task", arm.task.scorer, "--batch-size", 200, "--max-new-tokens", arm.task.max_new_tokens]
 
 
-def groups(arm: Arm, setting: Setting) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def trained_languages(arm: Arm, setting: Setting) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Supervised and aligned languages: the task's own, or those of the size."""
     return arm.task.supervised or setting.supervised, arm.task.aligned or setting.aligned
 
@@ -199,7 +204,7 @@ def _overrides(cell: Cell, setting: Setting, run: Path) -> list[str]:
     values = {"run_dir": run, "seed": cell.seed, "model.path": setting.base, "optimizer.steps": setting.steps}
     values["optimizer.lr"] = setting.lr
     if "task=null" not in cell.arm.changes:
-        dev = [str(rows / f"dev.{language}.jsonl") for language in groups(cell.arm, setting)[0]]
+        dev = [str(rows / f"dev.{language}.jsonl") for language in trained_languages(cell.arm, setting)[0]]
         values |= {"task.train": rows / "train.*.jsonl", "task.dev": f"[{','.join(dev)}]"}
     if "alignment=null" not in cell.arm.changes:
         values |= {f"alignment.{split}": setting.data / f"massive/{split}.*.jsonl" for split in ("train", "dev")}

@@ -63,19 +63,23 @@ def collect(study: Study, seeds: list[int], setting: Setting) -> dict[str, dict]
                 "groups": {name: [cell["groups"][name] for cell in cells] for name in groups},
                 "languages": {name: [cell["scores"][name] for cell in cells] for name in cells[0]["scores"]},
                 "seconds": [cell["seconds"] for cell in cells],
-                "gradients": _mean_gradients([cell.get("gradients", {}) for cell in cells]),
+                "gradients": pooled_gradients([cell.get("gradients", {}) for cell in cells]),
                 **_retrieval_of(cells, setting),
             }
     return found
 
 
-def _mean_gradients(cells: list[dict[str, float]]) -> dict[str, list[float]]:
-    """`layers`, and for each of them `cosine` and `norm_ratio`, mean over seeds; nothing of runs with one objective."""
-    layers = sorted({name.rpartition("_")[2] for name in cells[0]})
-    return {"layers": [int(layer) for layer in layers]} | {
-        kind: [float(np.mean([each[f"{kind}_layer_{layer}"] for each in cells])) for layer in layers]
-        for kind in ("cosine", "norm_ratio")
-    }
+def pooled_gradients(cells: list[dict[str, list[float]]]) -> dict[str, list]:
+    """`layers`, and for each of them `cosine` and `norm_ratio`: lowest, mean and highest over log steps and seeds.
+
+    The mean of ratios is the geometric one. Nothing of runs with one objective.
+    """
+    layers = sorted({name.rpartition("_")[2] for cell in cells for name in cell})
+    found: dict[str, list] = {"layers": [int(layer) for layer in layers]}
+    for kind, mean in (("cosine", np.mean), ("norm_ratio", stats.gmean)):
+        by_layer = [[value for cell in cells for value in cell.get(f"{kind}_layer_{layer}", [])] for layer in layers]
+        found[kind] = [[min(values), float(mean(values)), max(values)] for values in by_layer]
+    return found
 
 
 def _retrieval_of(cells: list[dict], setting: Setting) -> dict[str, dict]:
@@ -109,7 +113,7 @@ def write(study: Study, found: dict[str, dict], measured: dict, setting: Setting
     (folder / f"{study.name}.md").write_text(text)
     with_both = {name: arm["gradients"] for name, arm in found.items() if arm["gradients"]["layers"]}
     if with_both:
-        _gradients(study, with_both, folder / f"{study.name}_gradients.png")
+        _draw_gradients(study, with_both, folder / f"{study.name}_gradients.png")
     (_curve if study.axis else _bars)(study, found, folder / f"{study.name}.png")
 
 
@@ -222,31 +226,30 @@ def _curve(study: Study, found: dict[str, dict], path: Path) -> None:
     plt.close(figure)
 
 
-def _gradients(study: Study, found: dict[str, dict], path: Path) -> None:
-    """Cosine and norm ratio of the two objectives' gradients at every layer that alignment reaches."""
+def _draw_gradients(study: Study, found: dict[str, dict], path: Path) -> None:
+    """Cosine and norm ratio of the two objectives' gradients at every layer that alignment reaches: means, ranges."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharex=True)
     for axis, kind, label in zip(axes, ("cosine", "norm_ratio"), ("cosine", "norm of alignment / norm of task")):
         for number, (name, each) in enumerate(found.items()):
-            colour = plt.get_cmap("cividis")(number / max(1, len(found) - 1) * 0.85)
-            axis.plot(
-                each["layers"],
-                each[kind],
-                color=colour,
-                linestyle=_STYLES[number % 5],
-                marker="s",
-                markersize=3,
-                label=name,
-            )
+            lowest, mean, highest = np.array(each[kind]).T
+            style = _style(number, len(found))
+            axis.plot(each["layers"], mean, **style, label=name)
+            axis.fill_between(each["layers"], lowest, highest, color=style["color"], alpha=0.15, linewidth=0)
         axis.set(xlabel="layer (0 = embeddings)", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].axhline(0, color="black", linewidth=0.8)
     axes[1].set_yscale("log")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False, title=study.title
-    )
+    columns = min(4, len(labels))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, title=study.title)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _style(number: int, of: int) -> dict:
+    """Of a line among many: told apart in grey too."""
+    colour = plt.get_cmap("cividis")(number / max(1, of - 1) * 0.85)
+    return {"color": colour, "linestyle": _STYLES[number % len(_STYLES)], "marker": "s", "markersize": 3}
 
 
 def _by_layer(found: dict[str, dict], base: dict[str, list[float]], layer: int, path: Path) -> None:
@@ -257,15 +260,7 @@ def _by_layer(found: dict[str, dict], base: dict[str, list[float]], layer: int, 
     for axis, group in zip(axes.flat, base):
         axis.plot(base[group], color="#777777", marker="o", markersize=3, label="base model")
         for number, (name, arm) in enumerate(found.items()):
-            colour = plt.get_cmap("cividis")(number / max(1, len(found) - 1) * 0.85)
-            axis.plot(
-                arm["by_layer"][group],
-                color=colour,
-                linestyle=_STYLES[number % 5],
-                marker="s",
-                markersize=3,
-                label=name,
-            )
+            axis.plot(arm["by_layer"][group], **_style(number, len(found)), label=name)
         axis.axvline(layer, color="black", linewidth=0.8, linestyle=(0, (1, 2)))
         axis.set(title=f"{group} languages", xlabel="layer (decoder blocks run)", ylim=(0, 1))
         axis.grid(alpha=0.3)

@@ -1,8 +1,8 @@
 """What the study is made of: task rows, bitext and parallel text from public data, and a base model that read them all.
 
 `data` is a directory with massive/<locale>.<train|dev|test>.jsonl and massive_text/<locale>.jsonl (MASSIVE 1.1, its
-labelled rows and the utterances of its train partition) and tatoeba/<xxx>-eng.jsonl; README.md says where they are
-published. No dev or test row is trained on, by the base model neither.
+labelled rows and the utterances of its train partition), tatoeba/<xxx>-eng.jsonl and, for other tasks, uner/ and mt/;
+README.md says where they are published. No dev or test row is trained on, by the base model neither.
 """
 
 import json
@@ -62,7 +62,7 @@ SIZES = {
         test_rows=300,
     ),
     "5m-wide": Size(
-        Shape(hidden=192, intermediate=512, layers=8, heads=4, vocabulary=8000, max_tokens=256),
+        Shape(hidden=192, intermediate=512, layers=8, heads=4, vocabulary=8000, max_tokens=512),
         base_steps=3000,
         steps=300,
         lr=3e-3,
@@ -73,7 +73,7 @@ SIZES = {
         corpora=_ALL,
     ),
     "15m": Size(
-        Shape(hidden=320, intermediate=864, layers=10, heads=5, vocabulary=12_000, max_tokens=256),
+        Shape(hidden=320, intermediate=864, layers=10, heads=5, vocabulary=12_000, max_tokens=512),
         base_steps=15_000,
         steps=1500,
         lr=2e-3,
@@ -84,7 +84,7 @@ SIZES = {
         corpora=_ALL,
     ),
     "100m": Size(
-        Shape(hidden=768, intermediate=2048, layers=12, heads=12, vocabulary=24_000, max_tokens=256),
+        Shape(hidden=768, intermediate=2048, layers=12, heads=12, vocabulary=24_000, max_tokens=512),
         base_steps=40_000,
         steps=2000,
         lr=5e-4,
@@ -213,20 +213,23 @@ def _write_types(data: Path, folder: Path, size: Size) -> None:
 
 
 def _texts(data: Path, size: Size) -> Iterator[str]:
-    """Unlabelled sentences of all languages, and the English side of their bitext; nothing of dev and test."""
+    """Unlabelled sentences of all languages: utterances, both sides of bitext, and train texts of the other tasks.
+
+    Nothing of dev and test. Raises UserError where a corpus is not there.
+    """
+    tasks = [task for task in (JSON, TRANSLATION) if task.corpus in size.corpora]
+    others = _held_out(data) if tasks else set()
     for language in size.languages:
         path = _files(data / "massive_text", [language])[language]
-        kept_out = _utterances(data, path.stem) | _utterances(data, "en-*")
+        kept_out = _utterances(data, path.stem) | _utterances(data, "en-*") | others
         yield from (row["utt"] for row in _rows(path) if row["utt"] not in kept_out)
         yield from (text for path in _tatoeba(data, [language]) for text in _sides(path) if text not in kept_out)
-    kept_out = _held_out(data)
-    for task in (JSON, TRANSLATION):
-        if task.corpus in size.corpora:
-            paths = [
-                *_tatoeba(data, set(task.aligned) - {*size.languages}),
-                *(data / task.corpus).glob("*train*.jsonl"),
-            ]
-            yield from (text for path in sorted(paths) for text in _sides(path) if text not in kept_out)
+    for task in tasks:
+        labelled = sorted((data / task.corpus).glob("*train*.jsonl"))
+        if not labelled:
+            raise UserError(f"{data / task.corpus} has no train files: see benchmarks/transfer/README.md")
+        paths = [*_tatoeba(data, {*task.aligned} - {*size.languages}), *labelled]
+        yield from (text for path in paths for text in _sides(path) if text not in others)
 
 
 def _tatoeba(data: Path, languages: Collection[str]) -> list[Path]:

@@ -125,9 +125,8 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
         def asked_to_stop() -> bool:
             return distributed.any_rank(signals.received)
 
-        def comes_to(objective: str) -> None:
+        def at_batch(objective: str) -> None:
             watch.at(f"{objective} batch", progress.step + 1)
-            gradients.begin(objective)
 
         engine.train()
         while True:
@@ -162,9 +161,9 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
             watch.at("data", progress.step + 1)
             log_now = (progress.step + 1) % config.log_every == 0 or progress.step + 1 == steps
             batches, mark = loader.take(), meter.mark()
-            gradients = GradientMeter(engine.module, wanted=log_now and config.log_gradients)
-            with gradients:
-                with_task = _backward(engine, config, batches, meter, comes_to)
+            both = len({batch.objective for batch in batches}) == 2
+            with GradientMeter(engine.module, wanted=log_now and both and config.log_gradients) as gradients:
+                with_task = _backward(engine, config, batches, meter, at_batch, gradients.begin)
             watch.at("optimizer", progress.step + 1)
             lr = config.optimizer.lr * lr_factor(progress.step)
             grad_norm = _optimizer_step(engine, lr, with_task, measure=log_now)
@@ -179,9 +178,7 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
                 refuse_other_rows(loader.digest, progress.step)
                 refuse_diverged(engine.module.lm, progress.step, run_dir)
                 values = {"train/lr": lr, "train/epoch": _epochs(loader, dataset)}
-                tracker.log(progress.step, meter.read() | values | _step_values(progress, grad_norm))
-                if config.log_gradients:
-                    tracker.log(progress.step, gradients.read(), quiet=True)
+                tracker.log(progress.step, meter.read() | values | _step_values(progress, grad_norm, gradients))
     tracker.close()
     if any(section and section.streaming for section in (config.task, config.alignment)):
         _say_counts(dataset)
@@ -219,13 +216,15 @@ def measure(config: Config, steps: int) -> dict[str, float]:
     return {"tokens_per_second": values["train/tokens_per_second"], "memory": values["train/memory_gib"] * 2**30}
 
 
-def _backward(
-    engine, config: Config, batches: list[Batch], meter: Meter, comes_to: Callable[[str], None] = lambda objective: None
-) -> bool:
-    """All forward and backward passes of one optimizer step. Returns whether a task batch was among them."""
+def _backward(engine, config: Config, batches: list[Batch], meter: Meter, *told: Callable[[str], None]) -> bool:
+    """All forward and backward passes of one optimizer step; all of `told` are called with each batch's objective.
+
+    Returns: whether a task batch was among them.
+    """
     with one_reduction(engine):
         for batch in batches:
-            comes_to(batch.objective)
+            for tell in told:
+                tell(batch.objective)
             backward = _task_batch if batch.objective == "task" else _alignment_batch
             backward(engine, config, batch, meter)
     return batches[0].objective == "task"
@@ -270,9 +269,9 @@ def _epochs(loader: Loader, dataset: Dataset) -> float:
     return state["epoch"] + (state["position"] / dataset.epoch_rows if dataset.epoch_rows else 0)
 
 
-def _step_values(progress: Progress, grad_norm: float) -> dict[str, float]:
-    """What there is to log of the last step: no norm if it was left out."""
-    values = {} if progress.skipped_in_a_row else {"train/grad_norm": grad_norm}
+def _step_values(progress: Progress, grad_norm: float, gradients: GradientMeter) -> dict[str, float]:
+    """What there is to log of the last step: nothing of its gradients if it was left out. Called by all ranks."""
+    values = {} if progress.skipped_in_a_row else {"train/grad_norm": grad_norm} | gradients.read()
     return values | ({"train/skipped_steps": progress.skipped} if progress.skipped else {})
 
 
