@@ -63,7 +63,7 @@ SIZES = {
     ),
     "5m-wide": Size(
         Shape(hidden=192, intermediate=512, layers=8, heads=4, vocabulary=8000, max_tokens=512),
-        base_steps=3000,
+        base_steps=2500,
         steps=300,
         lr=3e-3,
         supervised=_PAPER,
