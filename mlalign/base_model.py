@@ -47,9 +47,9 @@ def train_base(
     """Train tokenizer and model on `sentences`, and save both as `directory`, as any Hugging Face model.
 
     Until it is whole it lies in `directory`.partial, from where a training with the same arguments goes on.
-    batch_size is in sentences, which are cut at `shape.max_tokens`. The learning rate rises over the first tenth of the steps and then falls along a cosine.
-    `progress(step, loss)` is called after every step, loss in nats per token. Equal arguments and an equal number of
-    threads give an equal model. On a GPU forward passes are in bf16.
+    batch_size is in sentences, which are cut at `shape.max_tokens`. The learning rate rises over the first tenth of the
+    steps and then falls along a cosine. `progress(step, loss)` is called after every step, loss in nats per token.
+    Equal arguments and an equal number of threads give an equal model. On a GPU forward passes are in bf16.
     """
     aside = directory.with_name(f"{directory.name}.partial")
     aside.mkdir(parents=True, exist_ok=True)
@@ -69,8 +69,8 @@ def train_base(
         )
         for each in optimizers
     ]
-    rows = tokenizer(sentences, truncation=True, max_length=shape.max_tokens - 1)["input_ids"]
-    encoded = [[*ids, tokenizer.eos_token_id] for ids in rows]
+    rows = tokenizer(sentences, verbose=False)["input_ids"]  # or it would warn of long ones, which are cut here
+    encoded = [[*ids[: shape.max_tokens - 1], tokenizer.eos_token_id] for ids in rows]
 
     parts = [model, *optimizers, *schedules]
     text = hashlib.blake2b("\n".join(sentences).encode()).hexdigest()

@@ -25,6 +25,21 @@ def test_it_learns(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 
+def test_long_sentences_are_cut(tmp_path, monkeypatch, caplog):
+    widths = []
+    whole = base_model._batches
+
+    def watched(encoded, *arguments):
+        widths.extend(map(len, encoded))
+        return whole(encoded, *arguments)
+
+    monkeypatch.setattr(base_model, "_batches", watched)
+    train_base([*SENTENCES, "the book " * 100], tmp_path / "base", 0, SHAPE, steps=12, batch_size=8)
+    assert max(widths) == SHAPE.max_tokens and min(widths) < 10
+    assert "longer than" not in caplog.text
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "base")("the book " * 100)["input_ids"]) > SHAPE.max_tokens
+
+
 def test_an_interrupted_training_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(base_model, "_STATE_EVERY", 4)
     settings = {"steps": 12, "batch_size": 4}
