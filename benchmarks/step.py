@@ -1,8 +1,9 @@
 """What alignment adds to a training step, against the least it could: `python benchmarks/step.py`.
 
-A made-up Llama with LoRA, through the real step of `mlalign train`: the task alone, alignment alone, and both, each in
-a process of its own. On CPUs they take turns, a step each; on a GPU they run one after the other, or their memory would
-not fit (`--shape 8b` is Llama 3 8B's). With real rows, as `mlalign prepare` makes them:
+A made-up Llama with LoRA, through the real step of `mlalign train`: the task alone, alignment alone, and both, without
+and with their gradients compared, each in a process of its own. On CPUs they take turns, a step each; on a GPU they run
+one after the other, or their memory would not fit (`--shape 8b` is Llama 3 8B's). With real rows, as `mlalign prepare`
+makes them:
 
     python benchmarks/step.py --task data/massive/train.en.jsonl --bitext data/bitext/train.spa-eng.jsonl
 
@@ -54,6 +55,7 @@ VARIANTS = {
     "task": {"alignment": None, "interleave": {"ratio": "1:0"}},
     "alignment": {"task": None, "interleave": {"ratio": "0:1"}},
     "joint": {},
+    "joint, log_gradients": {"log_gradients": True},
 }
 
 
@@ -139,12 +141,12 @@ def report(
     if peak:
         table.add_column(f"of {peak:g} TFLOP/s")
     for name, steps in found.items():
-        seconds = statistics.median(second for second, _ in steps)
+        kind, seconds = name.partition(",")[0], statistics.median(second for second, _ in steps)
         of_task = statistics.median(second / other for (second, _), (other, _) in zip(steps, found["task"]))
-        row = [name, f"{seconds:.2f}", f"{passed[name] / seconds:,.0f}", f"{of_task:.2f}"]
-        row += [f"{least:.2f}", f"{of_task / least:.2f}"] if name == "joint" else ["", ""]
+        row = [name, f"{seconds:.2f}", f"{passed[kind] / seconds:,.0f}", f"{of_task:.2f}"]
+        row += [f"{least:.2f}", f"{of_task / least:.2f}"] if kind == "joint" else ["", ""]
         row.append(f"{max(memory for _, memory in steps) / 2**20:,.0f}")
-        table.add_row(*row, *([f"{4 * products[name] / seconds / peak / 1e12:.0%}"] if peak else []))
+        table.add_row(*row, *([f"{4 * products[kind] / seconds / peak / 1e12:.0%}"] if peak else []))
     Console(width=110).print(table)
 
 

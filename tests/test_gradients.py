@@ -42,18 +42,18 @@ def measured(values: dict, zero: dict, elements: int) -> dict[str, float]:
     return found
 
 
-def wanted(config: Config, elements: int) -> dict[str, float]:
-    """From two backward passes over whole batches, of layers 0 to 2."""
+def wanted(config: Config, elements: int, batches: int = 1) -> dict[str, float]:
+    """From two backward passes over whole batches, of layers 0 to 2; of so many batches of each objective."""
     lm = reference.load(config)
     dataset = reference.load_dataset(config, reference.load_tokenizer(config.model))
     named = {name: p for name, p in lm.named_parameters() if p.requires_grad and not reference.is_above(name, 2)}
-    losses = (
-        reference.task_loss(lm, dataset.orders["task"].take(config.task.batch_size)),
-        config.alignment.weight
-        * reference.alignment_loss(
-            lm, dataset.orders["alignment"].take(config.alignment.batch_size), 2, config.alignment.temperature
-        ),
-    )
+    task, alignment = dataset.orders["task"], dataset.orders["alignment"]
+    losses = [torch.zeros(()), torch.zeros(())]
+    for _ in range(batches):
+        losses[0] = losses[0] + reference.task_loss(lm, task.take(config.task.batch_size))
+        pairs = alignment.take(config.alignment.batch_size)
+        loss = reference.alignment_loss(lm, pairs, 2, config.alignment.temperature)
+        losses[1] = losses[1] + config.alignment.weight * loss
     layers: dict[int, list[list[torch.Tensor]]] = {}
     by_name = [dict(zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True))) for loss in losses]
     for name, parameter in named.items():
@@ -87,6 +87,22 @@ def test_cosines_and_norms_are_those_of_two_plain_passes(ranks, settings, size, 
     assert list(found[0]) == names
     assert found[0] == pytest.approx(expected, rel=1e-3, abs=1e-4)
     assert any(abs(expected[name]) > 1e-2 for name in names if "cosine" in name)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"gradient_checkpointing": True}, {"compile": True}], ids=lambda changed: min(changed)
+)
+def test_blocks_that_run_twice_or_are_compiled_give_the_same(ranks, settings, changed):
+    settings |= {"lora": None, "model": settings["model"] | changed}
+    found = ranks(2).run(measured, settings, {"zero_optimization": {"stage": 2}}, 2**20)[0]
+    assert found == pytest.approx(wanted(Config.model_validate(settings), 2**20), rel=1e-3, abs=1e-4)
+
+
+def test_batches_that_take_turns_in_a_step_are_added_up_by_objective(ranks, settings):
+    settings |= {"interleave": {"mode": "micro_batch", "micro_batches": 4}}
+    settings["alignment"]["weight"] = 0.7
+    found = ranks(2).run(measured, settings, {"zero_optimization": {"stage": 1}}, 2**20)[0]
+    assert found == pytest.approx(wanted(Config.model_validate(settings), 2**20, batches=2), rel=1e-3, abs=1e-4)
 
 
 def test_embeddings_that_are_tied_to_the_lm_head_have_its_gradient_too(ranks, settings, tmp_path):

@@ -247,6 +247,7 @@ def test_the_base_model_reads_no_dev_or_test_sentence(data, run_study):
 
 def test_a_study_of_a_corpus_that_the_base_model_has_not_read_is_refused(run_study, monkeypatch):
     monkeypatch.setitem(material.SIZES, "tiny", replace(material.SIZES["tiny"], corpora=("massive", "tatoeba")))
+    monkeypatch.setitem(STUDIES, "json", replace(STUDIES["json"], arms=(TASK_ONLY, *STUDIES["json"].arms)))
     with pytest.raises(SystemExit, match=r"study json needs a base model that has read uner: --size 5m-wide"):
         run_study("json")
 
@@ -267,7 +268,7 @@ def test_missing_data_is_named(tmp_path):
 
 
 def setting(folder: Path, **more) -> Setting:
-    return Setting(folder, folder, "base", 2, False, 4, 1e-3, ("en",), ("de",), 5, **more)
+    return Setting(folder, folder, "base", 4, False, 4, 1e-3, ("en",), ("de",), 5, **more)
 
 
 def test_every_cell_comes_once_and_after_its_parts():
@@ -360,6 +361,15 @@ def test_every_arm_is_a_config(study, pretrained, tmp_path):
             assert config.optimizer.lr == (3e-3 if cell.arm.adapter else where.lr)
         assert config.optimizer.steps == {"twice": 8, "half": 2}.get(cell.arm.name.split()[-3:][0], 4)
         assert config.seed == 3
+
+
+@pytest.mark.parametrize(
+    "depth, layers", [(8, [1, 2, "auto", 6, 8]), (10, [1, 2, "auto", 7, 10]), (2, [1, 1, "auto", 1, 2])]
+)
+def test_layers_are_shares_of_the_depth(depth, layers, tmp_path):
+    where = replace(setting(tmp_path), depth=depth)
+    found = [load(cells.RECIPE, cells._overrides(cell, where, tmp_path)) for cell in study_cells(STUDIES["layer"])]
+    assert [config.alignment.layer for config in found] == layers
 
 
 def study_cells(chosen: Study) -> list[Cell]:

@@ -35,7 +35,7 @@ class Setting:
     folder: Path  #: of the cells
     data: Path  #: see material.prepare
     base: str  #: directory or hub id of the base model
-    layer: int  #: at which adapters are merged: half the depth
+    depth: int  #: blocks of the base model
     pretrained: bool  #: by others: --model
     steps: int
     lr: float
@@ -45,6 +45,11 @@ class Setting:
     deadline: float = float("inf")  #: by time.monotonic; what runs then is stopped, to go on another time
     environment: dict[str, str] = field(default_factory=dict)
     running: set[subprocess.Popen] = field(default_factory=set)
+
+    @property
+    def layer(self) -> int:
+        """At which the recipe aligns and adapters are merged: half the depth."""
+        return max(1, self.depth // 2)
 
 
 class OutOfTimeError(Exception):
@@ -214,6 +219,7 @@ def _overrides(cell: Cell, setting: Setting, run: Path) -> list[str]:
     elif cell.arm.adapter:
         filled += SMALL_ADAPTERS
     known = {"data": setting.data, "twice": 2 * setting.steps, "half": setting.steps // 2}
+    known |= {"quarter": max(1, setting.depth // 4), "three_quarters": setting.depth * 3 // 4, "depth": setting.depth}
     return filled + [change.format(**known) for change in cell.arm.changes]
 
 

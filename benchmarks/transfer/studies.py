@@ -29,7 +29,7 @@ TRANSLATION = Task("translation", "translation", "chrf++", 80, "mt", ("de-en", "
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train. {data} in a change is the directory that material.py fills."""
+    """One way to train. What {data}, {twice}, {quarter} and such stand for in a change: `cells._overrides`."""
 
     name: str
     changes: tuple[str, ...] = ()  #: overrides of recipe.yaml, as on the command line
@@ -102,8 +102,8 @@ def _local(pairs: int) -> Arm:
     return Arm(f"local, {64 // pairs} x {pairs}", changes)
 
 
-def _each(name: str, key: str, values: tuple[float, ...], default: float | None = None) -> tuple[Arm, ...]:
-    """An arm for each value of a key; the recipe's own is the arm that other studies have too."""
+def _each(name: str, key: str, values: tuple[float, ...], default: float) -> tuple[Arm, ...]:
+    """An arm for each value of a key; the recipe's own, `default`, is the arm that other studies have too."""
     return tuple(
         Arm(ALIGNED.name, x=f"{value:g}")
         if value == default
@@ -146,7 +146,18 @@ STUDIES = {
             ),
             "merge weight",
         ),
-        Study("layer", "The layer of alignment", _each("layer", "alignment.layer", (1, 2, 4, 6, 8)), "layer"),
+        Study(
+            "layer",
+            "The layer of alignment",
+            (
+                Arm("layer 1", ("alignment.layer=1",), x="1"),
+                Arm("layer at a quarter", ("alignment.layer={quarter}",), x="L/4"),
+                Arm(ALIGNED.name, x="L/2"),
+                Arm("layer at three quarters", ("alignment.layer={three_quarters}",), x="3L/4"),
+                Arm("last layer", ("alignment.layer={depth}",), x="L"),
+            ),
+            "layer, of L",
+        ),
         Study(
             "weight",
             "The weight of alignment",

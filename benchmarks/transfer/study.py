@@ -62,10 +62,10 @@ def main() -> None:
             raise UserError("--seeds and --jobs must be at least 1")
         studies = [STUDIES[name] for name in options.studies or ["main"]]
         for study in studies:
-            corpus = study.arms[0].task.corpus
-            if options.model is None and corpus not in material.SIZES[options.size].corpora:
-                fitting = [name for name, size in material.SIZES.items() if corpus in size.corpora]
-                raise UserError(f"study {study.name} needs a base model that has read {corpus}: --size {fitting[0]}")
+            for corpus in {arm.task.corpus for arm in study.arms}:
+                if options.model is None and corpus not in material.SIZES[options.size].corpora:
+                    fits = [name for name, size in material.SIZES.items() if corpus in size.corpora]
+                    raise UserError(f"study {study.name} needs a base model that has read {corpus}: --size {fits[0]}")
         run(studies, options)
     except UserError as error:
         sys.exit(f"study: error: {error}")
@@ -86,9 +86,8 @@ def run(studies: list[Study], options: argparse.Namespace) -> None:
         torch.set_num_threads(os.cpu_count() or 1)
         material.base_model(options.data, options.output / "base", size, seed=0, deadline=deadline)
     base = options.model or str(options.output / "base")
-    layer = load_model_config(Model(path=base)).get_text_config().num_hidden_layers // 2
     setting = Setting(
-        layer=layer,
+        depth=load_model_config(Model(path=base)).get_text_config().num_hidden_layers,
         base=base,
         pretrained=options.model is not None,
         folder=options.output / "cells",

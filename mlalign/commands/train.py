@@ -188,7 +188,10 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
 
 
 def real_steps(config: Config) -> Iterator[Meter]:
-    """Take a real step for every item that is asked for, without end; nothing is written. Called by all ranks."""
+    """Take a real step for every item that is asked for, without end; nothing is written. Called by all ranks.
+
+    With `log_gradients` every step compares gradients, as only log steps do in training.
+    """
     distributed.init()
     engine_config = sharding.engine_config(config, read_deepspeed(config.deepspeed))
     tokenizer = model.load_tokenizer(config.model)
@@ -198,8 +201,11 @@ def real_steps(config: Config) -> Iterator[Meter]:
     with closing(Loader(config, dataset.orders, choose_pad(engine, config.model, tokenizer))) as loader:
         engine.train()
         while True:
-            with_task = _backward(engine, config, loader.take(), meter)
+            gradients = GradientMeter(engine.module, wanted=config.log_gradients)
+            with gradients:
+                with_task = _backward(engine, config, loader.take(), meter, gradients.begin)
             _optimizer_step(engine, config.optimizer.lr, with_task, measure=False)
+            gradients.read()
             yield meter
 
 
