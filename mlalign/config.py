@@ -30,8 +30,8 @@ class Source(BaseModel, extra="forbid"):
 
 
 def _as_sources(value: Any) -> Any:
-    """`train: a.jsonl` and `train: [a.jsonl, {path: b}]` both mean a list of sources."""
-    items = value if isinstance(value, list) else [value]
+    """`train: a.jsonl` and `train: [a.jsonl, {path: b}]` both mean a list of sources; `dev:` or null, an empty one."""
+    items = value if isinstance(value, list) else [] if value is None else [value]
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 

@@ -29,6 +29,11 @@ def test_overrides_win_and_keep_their_types(path):
     assert [source.path for source in config.task.train] == ["a.jsonl", "b.jsonl"]
 
 
+def test_dev_rows_can_be_left_out_by_null(path):
+    config = load(path, ["task.dev=null", "alignment.dev=null"])
+    assert config.task.dev == config.alignment.dev == []
+
+
 def test_an_unquoted_ratio_is_what_it_looks_like(path):
     assert load(path, ["interleave.ratio=2:1"]).interleave.parts == (2, 1)
     assert load(path, ["interleave.ratio='2:1'"]).interleave.parts == (2, 1)
@@ -72,6 +77,7 @@ BAD = {
     ("seed=-1",): r"seed is -1: input should be greater than or equal to 0",
     ("optimizer.betas=[0.9, 1]",): r"optimizer.betas.1 is 1: input should be less than 1",
     ("task.train=[]",): r"task.train is \[\]: .*at least 1 item",
+    ("task.train=null",): r"task.train is \[\]: .*at least 1 item",
     ("interleave.ratio=1:2:3",): r"interleave.ratio is",
     ("alignment.train={path: a.jsonl, language: de}",): r"language belongs to task sources",
     (

@@ -132,7 +132,7 @@ STUDIES = {
     study.name: study
     for study in (
         Study("main", "The task alone, and aligned", (TASK_ONLY, ALIGNED, TATOEBA, PAPER)),
-        Study("brief", "The task alone, and aligned, and no more", (TASK_ONLY, ALIGNED)),
+        Study("brief", "The task alone, and aligned, no more arms", (TASK_ONLY, ALIGNED)),
         Study(
             "merged", "Adapters: trained together, or apart and merged", (TASK_ADAPTER, JOINT_ADAPTER, MERGED, HALVES)
         ),
