@@ -3,7 +3,7 @@
 #     run_job VERB ARGS...      mlalign doctor, then mlalign VERB ARGS, on one task per GPU of the allocation
 #
 # The job's directory, $LOG_DIR/<name>-<job id>, holds rank-N.log, and what the ranks leave there (see mlalign/jobs.py):
-# `stopped` after a signal, `error-rank-N` after a mistake, `progress` after every save.
+# `stopped` after a signal, `error-rank-N` after a mistake, `progress` after every save. A chain of jobs has its first's.
 
 site=${MLALIGN_SITE:-$MLALIGN_HOME/slurm/site.env}
 # shellcheck source=/dev/null
@@ -12,7 +12,7 @@ site=${MLALIGN_SITE:-$MLALIGN_HOME/slurm/site.env}
 say() { echo "$(date +%FT%T) mlalign job $SLURM_JOB_ID: $*"; }
 
 run_job() {
-    local verb=$1 dir=${LOG_DIR:-$SLURM_SUBMIT_DIR/logs}/$SLURM_JOB_NAME-$SLURM_JOB_ID rc
+    local verb=$1 dir=${MLALIGN_CHAIN:-${LOG_DIR:-$SLURM_SUBMIT_DIR/logs}/$SLURM_JOB_NAME-$SLURM_JOB_ID} rc
     shift
     export MLALIGN_JOB_DIR=$dir
     mkdir -p "$dir"
@@ -76,19 +76,31 @@ prepare_environment() {
     export MASTER_ADDR MASTER_PORT=$((20000 + (SLURM_JOB_ID + 101 * ${SLURM_RESTART_COUNT:-0}) % 10000))
 }
 
-# Copies STAGE_DIR to LOCAL_DIR on every node and puts the copy's path in place of it in the arguments.
+# Copies STAGE_DIR to LOCAL_DIR on every node and puts the copy's path in place of it in the arguments. The path is the
+# same for every job, for a run goes on under its own paths only; jobs that share a node share the copy, and the last
+# takes it away.
 stage() {
     STAGED=("$@")
     [ -n "${STAGE_DIR:-}" ] || return 0
-    local copy=${LOCAL_DIR:?STAGE_DIR needs LOCAL_DIR, the local disk of a node}/mlalign-$SLURM_JOB_ID
-    say "staging $STAGE_DIR to $copy"
-    srun --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" bash -c 'mkdir -p "$1" && cp -a "$0/." "$1"' "$STAGE_DIR" "$copy"
-    STAGED=("${@//$STAGE_DIR/$copy}")
+    local folder=${LOCAL_DIR:?STAGE_DIR needs LOCAL_DIR, the local disk of a node}/mlalign-$(id -un)
+    staged_copy=$folder/staged-$(cksum <<<"$STAGE_DIR" | cut -d' ' -f1)
+    say "staging $STAGE_DIR to $staged_copy"
+    # shellcheck disable=SC2016
+    on_every_node 'mkdir -p "$1" && exec 9>"$1.lock" && flock 9 && { ls -A "$1.users" 2>/dev/null | grep -q . || rm -rf "$1"; } &&
+        mkdir -p "$1" "$1.users" && touch "$1.users/$2" && cp -au "$0/." "$1"'
+    STAGED=("${@//$STAGE_DIR/$staged_copy}")
 }
 
 # The next attempt may get other nodes.
 unstage() {
-    [ -z "${STAGE_DIR:-}" ] || srun --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" rm -rf "$LOCAL_DIR/mlalign-$SLURM_JOB_ID" || :
+    # shellcheck disable=SC2016
+    [ -z "${STAGE_DIR:-}" ] || on_every_node 'exec 9>"$1.lock" && flock 9 && rm -f "$1.users/$2" &&
+        { ls -A "$1.users" 2>/dev/null | grep -q . || rm -rf "$1" "$1.users"; }' || :
+}
+
+# Runs a script once on each node; its $0, $1 and $2 are STAGE_DIR, the copy and the job.
+on_every_node() {
+    srun --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" bash -c "$1" "$STAGE_DIR" "$staged_copy" "$SLURM_JOB_ID"
 }
 
 # Starts the job again, unless it is being cancelled or Slurm requeues it by itself.
@@ -102,7 +114,10 @@ again() {
         scontrol requeue "$SLURM_JOB_ID"
     elif [ -n "${MLALIGN_RESUBMIT:-}" ]; then
         say "$1: the next job of the chain is submitted"
-        eval "sbatch --dependency=afterany:$SLURM_JOB_ID $MLALIGN_RESUBMIT"
+        # Of an array each task has a chain of its own: the last --array counts.
+        local more=--dependency=afterany:$SLURM_JOB_ID${SLURM_ARRAY_TASK_ID:+ --array=$SLURM_ARRAY_TASK_ID}
+        export MLALIGN_CHAIN=$MLALIGN_JOB_DIR
+        eval "sbatch $MLALIGN_RESUBMIT_FLAGS $more $MLALIGN_RESUBMIT"
     else
         say "$1; submit the same command again, REQUEUE is $REQUEUE"
     fi

@@ -255,6 +255,29 @@ def test_a_job_that_crashes_twice_at_one_place_is_not_started_again(cluster, rec
     assert "twice after the same save (nothing): not started again" in cluster.log(job)
 
 
+def test_tasks_of_an_array_are_chained_each_by_itself_and_not_for_ever(cluster, recipe, tmp_path):
+    """Where requeueing is forbidden, two tasks that always crash are four jobs in all."""
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/bash\nkill -9 $$\n")
+    killed.chmod(0o755)
+    path, _ = recipe("chained")
+    overrides = tmp_path / "overrides.txt"
+    overrides.write_text("seed=1\nseed=2\n")
+    name, there = "--job-name=chained", {"PATH": f"{tmp_path}:{cluster.environment['PATH']}", "REQUEUE": "no"}
+    job = cluster.submit("--array=1-2", "-N", 1, name, "sweep.sbatch", overrides, path, **there)
+
+    def ends() -> list[tuple[str, str]]:
+        shown = cluster.ask("scontrol", "show", "job", "-o").splitlines()
+        jobs = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in shown]
+        return sorted((each["ArrayTaskId"], each["JobState"]) for each in jobs if each["JobName"] == "chained")
+
+    wanted = [(task, end) for task in ("1", "2") for end in ("COMPLETED", "FAILED")]
+    cluster.until(job, lambda: ends() == wanted)
+    time.sleep(2)
+    assert ends() == wanted, cluster.logs()
+    assert cluster.logs().count("twice after the same save (nothing): not started again") >= 2
+
+
 @pytest.mark.parametrize(
     ("doctor", "sentence"),
     [
@@ -348,7 +371,8 @@ def test_a_sweep_with_staged_data_in_a_container(cluster, recipe, rows, tmp_path
     assert [each.alignment.layer for each in resolved] == [1, 3]
     staged = resolved[0].task.train[0].path
     assert staged.startswith(str(tmp_path / "local")) and staged.endswith("/task.jsonl")
-    assert not list((tmp_path / "local").iterdir())  # the copies are gone with their jobs
+    assert Path(staged).parent.name == Path(resolved[1].task.train[0].path).parent.name  # whatever the job's id
+    assert [path.suffix for path in (tmp_path / "local").glob("mlalign-*/*")] == [".lock"]  # copies go with their jobs
     assert (tmp_path / "note").read_text().split()[:3] == ["exec", "--nv", "--bind"]
 
 
