@@ -342,7 +342,10 @@ def _codes(text: str | None) -> list[str] | None:
 
 
 def main() -> None:
-    """Run a verb. A user's mistake is one sentence on stderr and exit code 2."""
+    """Run a verb. A user's mistake is one sentence on stderr and exit code 2; 75 (EX_TEMPFAIL): the same command again.
+
+    The latter after a signal, so that what comes after `mlalign train ... &&` does not begin with half a run.
+    """
     if not any(map(os.path.exists, _GPU_DRIVERS)):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns of having to find that out
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch")  # of theirs to each other
@@ -352,26 +355,30 @@ def main() -> None:
         if "RANK" not in os.environ:
             raise
         _leave(leaving.code or 0)
-    except StoppedError:
-        if rank_of() == 0:
-            jobs.say_stopped()
-        _leave(0, "stopped by a signal: what is finished is kept, and the same command goes on" * (rank_of() == 0))
+    except StoppedError as stopped:
+        together = int(os.environ.get("WORLD_SIZE", "1")) > 1  # a launcher would take the others for crashed
+        code = 0 if together else 75
+        if rank_of() > 0:
+            _leave(code)
+        jobs.say_stopped()
+        where = f" {stopped}" if str(stopped) else ""
+        _leave(code, f"stopped by a signal{where}: what is finished is kept, and the same command goes on")
     except NotMetError as error:
-        _leave(75, f"{error}")
+        _leave(75, f"error: {error}")
     except UserError as error:
         rank = rank_of()
         jobs.say_error(rank, str(error))
         if rank > 0:
             time.sleep(3)  # most mistakes are every rank's: let rank 0 say it, and its launcher end the others
-        _leave(2, f"rank {rank}: {error}" if rank > 0 else str(error))
+        _leave(2, f"error: rank {rank}: {error}" if rank > 0 else f"error: {error}")
     except OSError as error:  # a full disk, a permission, a directory that went away
-        _leave(2, f"rank {rank_of()}: {error}")
+        _leave(2, f"error: rank {rank_of()}: {error}")
 
 
 def _leave(code: int, sentence: str = "") -> None:
     """End a process that may belong to a group: tearing down the group's threads can hang or abort when all is done."""
     if sentence:
-        print(f"mlalign: error: {sentence}" if code else f"mlalign: {sentence}", file=sys.stderr)
+        print(f"mlalign: {sentence}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -32,7 +32,7 @@ from mlalign.rundir import digest, write_whole
 from mlalign.tracker import say
 
 _STATE = "state.json"
-_FORMAT = 2  #: of a checkpoint; 1 held DeepSpeed's own files
+_FORMAT = 3  #: of a checkpoint; 1 held DeepSpeed's own files, 2 no rows of the bitext
 
 Files = Iterable[tuple[str, dict[str, torch.Tensor]]]  # names, and what goes into them
 
@@ -295,6 +295,11 @@ def export(
         shutil.rmtree(old, ignore_errors=True)
     distributed.barrier()
     return target
+
+
+def exported(run_dir: Path) -> bool:
+    """Whether `export` has come to its end in this run. All ranks: rank 0 looks."""
+    return distributed.broadcast_object(any((run_dir / name).exists() for name in ("adapter", "model")))
 
 
 @contextmanager

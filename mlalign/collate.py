@@ -9,9 +9,10 @@ from mlalign.examples import Pair, TaskExample
 from mlalign.loss import IGNORED
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A valid id for positions that the attention mask hides and no label covers."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+def pad_id(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
+    """An id below `vocabulary` for positions that the attention mask hides and no label covers."""
+    pad = tokenizer.pad_token_id
+    return pad if pad is not None and pad < vocabulary else 0
 
 
 def _padded(rows: list[list[int]], fill: int) -> torch.Tensor:

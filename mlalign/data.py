@@ -111,7 +111,8 @@ def load_bitext(
             continue
         sides = [_with_bos(encode(text), bos) for text in (src, tgt)]
         truncated = any(len(side) > max_length for side in sides)
-        keys = (text_hash(src), text_hash(tgt), 0 if row_id is None else text_hash(str(row_id)))
+        named = row_id is not None and str(row_id).strip()  # an empty cell is no id that rows share
+        keys = (text_hash(src), text_hash(tgt), text_hash(str(row_id)) if named else 0)
         pair = Pair(sides[0][:max_length], sides[1][:max_length], languages, keys)
         counts.keep(pair, truncated)
         yield pair

@@ -25,7 +25,12 @@ class Dataset:
     task_dev: Sequence[TaskExample] = ()
     bitext_dev: Sequence[Pair] = ()
     tick: Callable[[], None] = lambda: None  #: called while a stream is read
-    epoch_rows: int = 0  #: training rows of the task, of the bitext where there is no task; 0 = unknown (a stream)
+    rows: dict[str, int] = field(default_factory=dict)  #: "task" and "alignment": training rows, but of a stream
+
+    @property
+    def epoch_rows(self) -> int:
+        """Training rows of the task, of the bitext where there is no task; 0 = unknown (a stream)."""
+        return self.rows.get("task" if "task" in self.orders else "alignment", 0)
 
     @property
     def has_dev(self) -> bool:
@@ -44,18 +49,18 @@ def load_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """
     dataset, cached_as = Dataset(), tokenizer_key(tokenizer)
     if config.alignment:
-        dataset.epoch_rows = _add_order(dataset, "alignment", config.alignment, tokenizer, cached_as, config.seed)
+        _add_order(dataset, "alignment", config.alignment, tokenizer, cached_as, config.seed)
         dataset.bitext_dev = _add_rows(dataset, "alignment", "dev", config.alignment, tokenizer, cached_as)
     if config.task:
-        dataset.epoch_rows = _add_order(dataset, "task", config.task, tokenizer, cached_as, config.seed)
+        _add_order(dataset, "task", config.task, tokenizer, cached_as, config.seed)
         dataset.task_dev = _add_rows(dataset, "task", "dev", config.task, tokenizer, cached_as)
     return dataset
 
 
 def _add_order(
     dataset: Dataset, name: str, section: Task | Alignment, tokenizer, cached_as: str | None, seed: int
-) -> int:
-    """Make the global order of one objective; returns its number of rows, 0 for a stream."""
+) -> None:
+    """Make the global order of one objective."""
     if section.streaming:
         counts = dataset.counts[f"{name}.train"] = Counts()
         load = _LOADERS[name]
@@ -65,10 +70,10 @@ def _add_order(
 
         epoch = streamed(read, section.batch_size, seed, lambda: dataset.tick())
         dataset.orders[name] = GlobalOrder(epoch)
-        return 0
+        return
     rows = _add_rows(dataset, name, "train", section, tokenizer, cached_as)
     dataset.orders[name] = GlobalOrder(in_memory(rows, section.batch_size, section.language_temperature, seed))
-    return len(rows)
+    dataset.rows[name] = len(rows)
 
 
 def _add_rows(

@@ -22,6 +22,7 @@ from mlalign.launchers import Place
 
 _TIMEOUT = timedelta(minutes=30)  # of a collective
 _met_at: dist.Store | None = None  # where the ranks found each other
+_local_rank = 0
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -32,12 +33,15 @@ def init() -> None:
     """
     if dist.is_initialized():
         return
+    global _local_rank
     place = launchers.discover()
+    _local_rank = place.local_rank
     where = {"MASTER_ADDR": place.address, "MASTER_PORT": place.port}
     names = {"RANK": place.rank, "WORLD_SIZE": place.world_size, "LOCAL_RANK": place.local_rank, **where}
     os.environ.update({name: str(value) for name, value in names.items()})  # for torch and DeepSpeed
     if uses_cuda():
         torch.cuda.set_device(_device_index(place))
+        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())  # by which DeepSpeed chooses its device
     _join(place)
 
     import deepspeed  # here: it takes seconds, and commands that need no engine should not pay for it
@@ -115,8 +119,8 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """This process's number on its host."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    """This process's number on its host, whichever GPUs it sees."""
+    return _local_rank
 
 
 def world_size() -> int:

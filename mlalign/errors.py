@@ -16,4 +16,7 @@ class NotMetError(UserError):
 
 
 class StoppedError(Exception):
-    """A signal asked to stop, and what is finished is kept. The command line exits with 0."""
+    """A signal asked to stop, and what is finished is kept. Its text, if any, says where it was.
+
+    The command line exits with 75, EX_TEMPFAIL; with 0 beside other ranks, whom their launcher would take for crashed.
+    """

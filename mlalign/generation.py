@@ -69,7 +69,8 @@ def _answer(tokens: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBa
 def _open_hf(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> Generate:
     lm = load_for_inference(Model(path=decoding.model, precision=decoding.precision), decoding.adapter)
     base = lm.get_base_model() if isinstance(lm, PeftModel) else lm
-    ends, pad = end_ids(tokenizer, base.generation_config.eos_token_id), pad_id(tokenizer)
+    ends = end_ids(tokenizer, base.generation_config.eos_token_id)
+    pad = pad_id(tokenizer, base.get_input_embeddings().num_embeddings)
     # In place of the model's own, which may hold more than it says, such as a repetition penalty of 1.05 in Qwen2.5.
     lm.generation_config = base.generation_config = GenerationConfig(
         num_beams=decoding.beams,

@@ -138,7 +138,8 @@ def _smaller(config: Config, phase: str) -> str:
     """What to change in a config, the cheapest first."""
     section = {"task batch": config.task, "alignment batch": config.alignment}.get(phase)
     changes = []
-    if section is not None and section.micro_batch_size > 1:
+    contrasted = phase == "alignment batch" and config.alignment.negatives == "local"  # what a loss is taken over
+    if section is not None and section.micro_batch_size > 1 and not contrasted:
         changes.append(f"set {phase.split()[0]}.micro_batch_size={section.micro_batch_size // 2}")
     if not config.model.gradient_checkpointing:
         changes.append("set model.gradient_checkpointing=true")

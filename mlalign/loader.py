@@ -15,6 +15,7 @@ import torch
 from mlalign import distributed, schedule
 from mlalign.collate import collate_bitext, collate_task, pair_keys, pass_sizes
 from mlalign.config import Config
+from mlalign.errors import UserError
 from mlalign.examples import Pair, TaskExample
 from mlalign.objectives import BitextChunk
 from mlalign.sampler import GlobalOrder, slices
@@ -45,10 +46,17 @@ class Loader:
     """The batches of one step after another, for this rank. Close it, or a thread may go on reading."""
 
     def __init__(
-        self, config: Config, orders: dict[str, GlobalOrder], pad: int | None, first: int = 0, end: float = math.inf
+        self,
+        config: Config,
+        orders: dict[str, GlobalOrder],
+        pad: int | None,
+        first: int = 0,
+        end: float = math.inf,
+        vocabulary: float = math.inf,
     ) -> None:
-        """Args: pad: see `collate.collate_ids`; first: the step to begin with, end: the one before which to stop."""
-        self._config, self._orders, self._pad = config, orders, pad
+        """Args: pad: see `collate.collate_ids`; first: the step to begin with, end: the one before which to stop;
+        vocabulary: the number of tokens that the model has embeddings for."""
+        self._config, self._orders, self._pad, self._vocabulary = config, orders, pad, vocabulary
         self._next, self._end = first, end
         self._zero3 = read_deepspeed(config.deepspeed)["zero_optimization"]["stage"] == 3
         self._state = {objective: order.state() for objective, order in orders.items()}
@@ -82,6 +90,11 @@ class Loader:
         rows = self._orders[objective].take(count)
         for row in rows:
             for ids in (row.ids,) if objective == "task" else (row.src, row.tgt):
+                if max(ids) >= self._vocabulary:
+                    raise UserError(
+                        f"a row of {objective} holds token {max(ids)}, but the model has {self._vocabulary} tokens, "
+                        "from 0: use its own tokenizer, or resize its embeddings"
+                    )
                 self._made = zlib.crc32(array("q", ids), self._made)
         return rows
 

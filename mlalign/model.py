@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 from torch.utils._triton import has_triton
@@ -90,14 +92,16 @@ def load_lm(settings: Model, deepspeed_config: dict[str, Any] | None = None) -> 
     dtype = precision_dtype(settings.precision)
     attention = attention_name(settings.attention, dtype)
     with _sharded_loading(deepspeed_config):
-        try:
-            lm = _from_pretrained(settings, dtype, attention)
-        except Exception as error:
-            if settings.attention != "auto" or attention is None:
-                raise UserError(
-                    f"model.path {settings.path}: no model could be loaded: {_first_line(error)}"
-                ) from error
-            lm = _from_pretrained(settings, dtype, None)  # a model without flash attention
+        tried = [attention, None] if settings.attention == "auto" and attention else [attention]
+        for number, name in enumerate(tried, 1):  # None: a model without flash attention
+            try:
+                lm = _from_pretrained(settings, dtype, name)
+                break
+            except Exception as error:
+                if number == len(tried):
+                    raise UserError(
+                        f"model.path {settings.path}: no model could be loaded: {_first_line(error)}"
+                    ) from error
     if settings.gradient_checkpointing:
         # Reentrant checkpointing fails where a block runs twice in one backward, as with two passes over a pair.
         lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -191,11 +195,13 @@ def adapter_folder(path: str) -> str:
 
 
 def _with_adapter(lm: PreTrainedModel, adapter: str, model: str) -> PeftModel:
-    if Path(adapter).is_dir() and not (Path(adapter) / "adapter_model.safetensors").is_file():
-        raise UserError(f"adapter {adapter} has no adapter_model.safetensors: pickled weights are not loaded")
     try:
         trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        if not _has_file(adapter, "adapter_model.safetensors"):
+            raise UserError(f"adapter {adapter} has no adapter_model.safetensors: pickled weights are not loaded")
         saved = load_peft_weights(adapter, device="cpu")
+    except UserError:
+        raise
     except Exception as error:  # of peft, safetensors, json
         raise UserError(f"adapter {adapter} cannot be loaded: {_first_line(error)}") from error
     try:
@@ -216,6 +222,16 @@ def _with_adapter(lm: PreTrainedModel, adapter: str, model: str) -> PeftModel:
     if trained_on and trained_on.rstrip("/") != model.rstrip("/"):
         say(f"adapter {adapter} was trained on {trained_on}; here it is put on {model}")
     return lm
+
+
+def _has_file(path: str, name: str) -> bool:
+    """Whether a directory, or a repository of the hub, has a file."""
+    if Path(path).is_dir():
+        return (Path(path) / name).is_file()
+    try:
+        return bool(hf_hub_download(path, name))
+    except EntryNotFoundError:
+        return False
 
 
 def _changes_tied_weight(lm: PeftModel) -> bool:

@@ -26,23 +26,26 @@ def choose_pad(engine, settings: Model, tokenizer: PreTrainedTokenizerBase) -> i
 
     Raises UserError where packing is asked for and the model computes something else then.
     """
-    if not (engine.module.flash if settings.packing == "auto" else settings.packing):
-        return pad_id(tokenizer)
+    lm = engine.module.lm.get_base_model() if isinstance(engine.module.lm, PeftModel) else engine.module.lm
+    # A recurrent state may flow from row to row, by too little for the question below to tell it from rounding in bf16.
+    wanted = engine.module.flash and not lm._is_stateful if settings.packing == "auto" else settings.packing
+    pad = pad_id(tokenizer, lm.get_input_embeddings().num_embeddings)
+    if not wanted:
+        return pad
     dtype = precision_dtype(settings.precision)
     try:
-        error = packing_error(engine, pad_id(tokenizer))
+        error = packing_error(engine, pad)
         wrong = f"packed rows differ from padded ones by {error:.1g}" if not error <= _ROUNDING[dtype] else ""
     except (TypeError, ValueError, NotImplementedError) as failure:  # a forward that does not know the arguments
         wrong = " ".join(str(failure).split())
     wrong = distributed.broadcast_object(wrong)
     if not wrong:
         return None
-    lm = engine.module.lm
-    found = f"{type(lm.get_base_model() if isinstance(lm, PeftModel) else lm).__name__} cannot tell packed rows apart"
+    found = f"{type(lm).__name__} cannot tell packed rows apart"
     if settings.packing is True:
         raise UserError(f"model.packing: {found}: {wrong}; set it to auto or false")
     say(f"rows are padded: {found}: {wrong}")
-    return pad_id(tokenizer)
+    return pad
 
 
 def packing_error(engine, pad: int) -> float:

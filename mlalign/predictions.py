@@ -60,6 +60,8 @@ def read_predictions(folder: Path, language: str, rows: int) -> Predictions:
             f"{path} holds {len(found.texts)} of {rows} predictions: delete it and repeat `mlalign evaluate`, which "
             "makes what is not there"
         )
+    if not rows:
+        raise UserError(f"{path} holds no predictions")
     return found
 
 
@@ -67,7 +69,7 @@ def statistics(task: ModuleType, predictions: Predictions, language: str, folder
     """`tasks.X.statistics` of one language. Raises UserError for golds that are not the task's."""
     try:
         return task.statistics(predictions.texts, predictions.golds, language)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         name = task.__name__.rpartition(".")[2]
         raise UserError(
             f"{prediction_file(folder, language)}: a 'gold' is not of task {name}: {error or type(error).__name__}"

@@ -1,20 +1,25 @@
 """From layers of states to what a probe says: measures, means over groups, the layer to align, correlation.
 
-Everything here is plain numbers; `commands/probe.py` reads and writes, `retrieval.py` holds the measures themselves.
+All but the scores to correlate with, which are read here, is plain numbers; `commands/probe.py` reads and writes,
+`retrieval.py` holds the measures themselves.
 """
 
+import json
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from scipy import stats
 
 from mlalign import retrieval
+from mlalign.errors import UserError
 from mlalign.languages import groups, language_of, script_of
 from mlalign.parallel import Parallel
+from mlalign.scoring import sides
 
 #: Measured for every direction; `separability` is measured for every language.
 DIRECTED = ("cosine", "margin_distance", "margin_ratio", "xsim", "mexa", "cka", "anisotropy")
@@ -121,6 +126,36 @@ def recommend(curves: Curves, layers: list[int], depth: int, tables: list[int]) 
                 f"language of {told[usable[-1]]:.0%} of the sentences there, of {told[chosen]:.0%} here"
             )
     return {"layer": layers[chosen], "accuracy": float(accuracy[chosen]), "reason": why}
+
+
+def read_report(path: Path, metric: str | None) -> tuple[str, dict[str, float]]:
+    """(metric, language -> score) of what `mlalign evaluate` wrote, or of any {metric: {language: score}}.
+
+    Of translation, a language's score is the mean over the directions that it is in, beside English's own.
+    Raises UserError for a file that is none, a metric that is not there, and a score that is no number.
+    """
+    path = path if path.suffix == ".json" else path / "report.json"
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"report {path} cannot be read: {error}") from error
+    directions = isinstance(report, dict) and report.get("task") == "translation"
+    report = report.get("scores", report) if isinstance(report, dict) else {}
+    metrics = {name: scores for name, scores in report.items() if isinstance(scores, dict) and name != "rows"}
+    if metric is None and metrics:
+        metric = next(iter(metrics))
+    if metric not in metrics:
+        raise UserError(f"report {path} has no metric {metric}, but {', '.join(metrics) or 'none at all'}")
+    for language, score in metrics[metric].items():
+        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            raise UserError(f"report {path}: {metric} of {language} is {score!r}, which is no number")
+    if not directions:
+        return metric, metrics[metric]
+    by_language: dict[str, list[float]] = {}
+    for direction, score in metrics[metric].items():
+        for language in sides(direction, directions=True):
+            by_language.setdefault(language, []).append(score)
+    return metric, {language: sum(scores) / len(scores) for language, scores in by_language.items()}
 
 
 def shared_languages(languages: list[str], scores: dict[str, float]) -> list[tuple[str, str]]:

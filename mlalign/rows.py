@@ -1,8 +1,10 @@
 """Reading: files, globs and hub datasets as a lazy stream of rows, each with its place for error messages."""
 
+import csv
 import glob
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,10 @@ def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
         suffix = Path(path).suffix
         if suffix in (".jsonl", ".json"):
             yield from _read_json(path)
-        elif suffix in _SUFFIXES:
-            yield from _read_with_datasets(suffix[1:], data_files=path, split="train")
+        elif suffix == ".csv":
+            yield from _read_csv(path)
+        elif suffix == ".parquet":
+            yield from _read_with_datasets("parquet", data_files=path, split="train")
         else:
             raise UserError(f"{path} must end in {', '.join(_SUFFIXES)}")
 
@@ -37,7 +41,8 @@ def local_files(source: Source) -> list[str]:
     """The files of a local source, in the order in which they are read. Raises UserError for one that is missing."""
     if source.subset or source.split != "train":
         raise UserError(f"{source.path} is local: `subset` and `split` are for hub datasets, name the file instead")
-    paths = sorted(glob.glob(source.path, recursive=True)) if glob.has_magic(source.path) else [source.path]
+    named = os.path.isfile(source.path) or not glob.has_magic(source.path)  # a name may hold brackets
+    paths = [source.path] if named else sorted(glob.glob(source.path, recursive=True))
     if not paths:
         raise UserError(f"{source.path} matches no file")
     for path in paths:
@@ -64,6 +69,26 @@ def _read_json(path: str) -> Iterator[tuple[str, Row]]:
             if line.strip():
                 where = f"{path}:{number}"
                 yield checked_row(parse_json(line, where), where)
+
+
+def _read_csv(path: str) -> Iterator[tuple[str, Row]]:
+    """Fields are the text that stands there: `7` is no number, and `None` and `NA` are not missing."""
+    csv.field_size_limit(sys.maxsize)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            names = reader.fieldnames or []
+            if len(set(names)) < len(names):
+                raise UserError(f"{path}:1: two columns have the same name: {', '.join(names)}")
+            for row in reader:
+                where = f"{path}:{reader.line_num}"
+                if None in row or None in row.values():
+                    raise UserError(f"{where}: not as many fields as the header has, which are {len(names)}")
+                yield where, row
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not valid UTF-8 (byte {error.start})") from error
+        except csv.Error as error:
+            raise UserError(f"{path}: the row from line {reader.line_num + 1} on is not valid CSV: {error}") from error
 
 
 def parse_json(text: bytes, where: str) -> Any:

@@ -129,7 +129,7 @@ def encode(
     settings = load_model_config(Model(path=encoder.model)).get_text_config()
     positions = getattr(settings, "max_position_embeddings", None)
     module = _load(encoder, deepspeed)
-    pad, bos = pad_id(tokenizer), tokenizer.bos_token_id
+    pad, bos = pad_id(tokenizer, settings.vocab_size), tokenizer.bos_token_id
     for language in missing:
         start = time.monotonic()
         rows = [encode_text(text, tokenizer) for text in parallel.texts[language]]

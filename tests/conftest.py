@@ -190,13 +190,13 @@ def train_with(values: dict[str, Any], backward: Callable) -> str:
     """`mlalign train` on this rank with another `_backward`, which is given the real one first. Returns how it ends."""
     from mlalign.commands import train
     from mlalign.config import Config
-    from mlalign.errors import UserError
+    from mlalign.errors import StoppedError, UserError
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "_backward", partial(backward, train._backward))
         try:
             train.train(Config.model_validate(values))
-        except UserError as error:
+        except (StoppedError, UserError) as error:
             return str(error)
     return "done"
 

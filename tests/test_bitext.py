@@ -136,6 +136,10 @@ BAD_BITEXT = {
     "no language": ({"A.ze-en.ze": "a", "A.ze-en.en": "a"}, r"A\.ze-en: 'ze' is not the code of a language"),
     "no UTF-8": ({"A.de-en.de": "a\n", "A.de-en.en": b"\xff\n"}, r"A\.de-en\.en:1: not valid UTF-8 \(byte 0\)"),
     "no gzip": ({"A.de-en.de.gz": "a\n", "A.de-en.en": "a\n"}, r"is cut or damaged after line 0"),
+    "damaged gzip": (
+        {"A.de-en.de.gz": gzip.compress(b"abc\n" * 9)[:12] + b"\xff" * 9, "A.de-en.en": "a\n"},
+        r"is cut or damaged after line 0",
+    ),
     "no zip": ({"A.zip": "a\n"}, r"A\.zip is cut or damaged"),
     "broken XML": ({"a.tmx": "<tmx><body>\n<tu><tuv"}, r"a\.tmx:2: not valid XML after unit 0"),
     "no units": ({"a.tmx": "<tmx><body></body></tmx>"}, r"a\.tmx holds no translation units"),
@@ -221,6 +225,16 @@ def test_sentences_to_keep_out(tmp_path):
     write_jsonl(tmp_path / "c.jsonl", [{"prompt": "x"}])
     with pytest.raises(UserError, match=r"c\.jsonl:1: no sentence in any of text, utt, src"):
         list(against.sentences(files))
+    lines = {"d.jsonl.gz": '{"text": "a"}', "e.iob2": "# text = a\n1\ta\tO", "f.tsv": "a\tb", "g.rows": '{"text": "a"}'}
+    for name, text in lines.items():  # of which no sentence would be found in training data
+        write = gzip.open if name.endswith(".gz") else open
+        with write(tmp_path / name, "wt") as file:
+            file.write(text + "\n")
+        with pytest.raises(UserError, match=rf"against \S+{name}:1 is no line of plain text: give one sentence a line"):
+            list(against.sentences([str(tmp_path / name)]))
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(b"a\n" * 1000)[:-20])
+    with pytest.raises(UserError, match=r"cut\.gz is cut or damaged"):
+        list(against.sentences([str(tmp_path / "cut.gz")]))
     with pytest.raises(UserError, match=r"against \S+/none\* matches no file$"):
         against.files((f"{tmp_path}/none*",))
     with pytest.raises(UserError, match=r"matches no file: it is a directory, give "):

@@ -181,6 +181,14 @@ def test_bitext_with_an_empty_side_is_dropped_and_counted(tmp_path, tokenizer):
     assert counts.dropped == {"an empty side": 1}
 
 
+@pytest.mark.parametrize("blank", ["", " ", None])
+def test_a_blank_id_is_none(tmp_path, tokenizer, blank):
+    """Or all rows without one would be positives of each other."""
+    rows = [{"src": f"a {n}", "tgt": f"b {n}", "src_lang": "en", "tgt_lang": "de", "id": blank} for n in range(2)]
+    pairs = load_bitext([Source(path=str(write_jsonl(tmp_path / "rows.jsonl", rows)))], tokenizer, 20, Counts())
+    assert [pair.keys[2] for pair in pairs] == [0, 0]
+
+
 def test_equal_sentences_have_equal_keys_up_to_case_and_spacing(tmp_path, tokenizer):
     row = {"src": "a", "tgt": "Good  Day", "src_lang": "de", "tgt_lang": "en"}
     (a, b), _ = bitext(tmp_path, tokenizer, row, row | {"src": "b", "tgt": "good day", "id": 7})
@@ -247,6 +255,36 @@ def test_local_formats(tmp_path, suffix):
     else:
         frame.to_parquet(path)
     assert [row for _, row in read_rows(Source(path=str(path)))] == rows
+
+
+def test_cells_of_csv_are_the_text_that_stands_there(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('\ufeffprompt,completion,lang\n007,None,nan\n"a, ""b""\nc",NA,\n')
+    assert list(read_rows(Source(path=str(path)))) == [
+        (f"{path}:2", {"prompt": "007", "completion": "None", "lang": "nan"}),
+        (f"{path}:4", {"prompt": 'a, "b"\nc', "completion": "NA", "lang": ""}),
+    ]
+
+
+BAD_CSV = {
+    b"a,b\n1,2,3\n": r"rows.csv:2: not as many fields as the header has, which are 2",
+    b"a,b\n1\n": r"rows.csv:2: not as many fields",
+    b'a,b\n1,"2\n': r"rows.csv: the row from line 2 on is not valid CSV: unexpected end of data",
+    b"a,a\n1,2\n": r"rows.csv:1: two columns have the same name: a, a",
+    b"a\n\xff\n": r"rows.csv: not valid UTF-8 \(byte",
+}
+
+
+@pytest.mark.parametrize("content", BAD_CSV)
+def test_bad_csv_is_one_sentence(tmp_path, content):
+    (tmp_path / "rows.csv").write_bytes(content)
+    with pytest.raises(UserError, match=BAD_CSV[content]):
+        list(read_rows(Source(path=str(tmp_path / "rows.csv"))))
+
+
+def test_a_file_may_have_brackets_in_its_name(tmp_path):
+    write_jsonl(tmp_path / "rows[en].jsonl", [{"a": 1}])
+    assert [row for _, row in read_rows(Source(path=str(tmp_path / "rows[en].jsonl")))] == [{"a": 1}]
 
 
 def test_a_glob_reads_its_files_in_order(tmp_path):

@@ -9,6 +9,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,7 +228,8 @@ def test_28_pickled_weights(tmp_path, tiny_model, mark, settings):
     assert "no model could be loaded" in refused(lambda: load_lm(Config.model_validate(settings).model))
 
 
-def test_29_pickled_adapters(tmp_path, tiny_model, mark, settings):
+def test_29_pickled_adapters(tmp_path, tiny_model, mark, settings, monkeypatch):
+    from huggingface_hub.errors import EntryNotFoundError
     from peft import LoraConfig, get_peft_model
 
     model = Config.model_validate(settings).model
@@ -236,6 +238,15 @@ def test_29_pickled_adapters(tmp_path, tiny_model, mark, settings):
     (adapter / "adapter_model.safetensors").unlink()
     (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Payload(mark)))
     assert "pickled weights are not loaded" in refused(lambda: load_for_inference(model, str(adapter)))
+
+    def on_the_hub(repository: str, name: str) -> str:
+        raise EntryNotFoundError(f"no {name}")
+
+    monkeypatch.setattr("mlalign.model.hf_hub_download", on_the_hub)
+    monkeypatch.setattr(
+        "mlalign.model.PeftConfig.from_pretrained", lambda _: SimpleNamespace(base_model_name_or_path="")
+    )
+    assert "pickled weights are not loaded" in refused(lambda: load_for_inference(model, "someone/adapter"))
 
     from mlalign.merging import read_adapter
 

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import alone_in_the_world
 from omegaconf import OmegaConf
 
+from mlalign import distributed
 from mlalign.errors import UserError
 from mlalign.launchers import Place, discover, first_host, started_together
 
@@ -25,6 +27,21 @@ STEP = {
     "SLURM_LOCALID": "1",
     "SLURM_JOB_ID": "1234567",
 }
+
+
+def test_a_rank_that_sees_one_gpu_has_deepspeed_use_it(monkeypatch):
+    """As by srun --gpus-per-task=1: DeepSpeed takes LOCAL_RANK for the GPU's number."""
+    place = Place("srun", rank=3, world_size=4, local_rank=1, address="n1", port="29500")
+    monkeypatch.setattr(distributed.launchers, "discover", lambda: place)
+    monkeypatch.setattr(distributed, "uses_cuda", lambda: True)
+    for name, value in {"device_count": 1, "set_device": None, "current_device": 0}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(distributed, "_join", lambda place: 1 / 0)  # no further
+    monkeypatch.setattr(os, "environ", {})
+    with pytest.raises(ZeroDivisionError):
+        distributed.init()
+    assert os.environ["LOCAL_RANK"] == "0"
+    assert distributed.local_rank() == 1
 
 
 def test_every_launcher_is_recognised():

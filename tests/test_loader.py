@@ -72,6 +72,13 @@ def test_a_loader_goes_on_from_the_state_of_another(config):
     assert taken(Loader(config, {"task": second.order}, pad=0, first=2, end=3)) == [18, 19, 20, 21]
 
 
+def test_a_token_that_the_model_has_no_embedding_for_is_said(config):
+    loader = Loader(config, {"task": Rows().order}, pad=0, end=3, vocabulary=12)
+    with pytest.raises(UserError, match=r"a row of task holds token 12, but the model has 12 tokens, from 0"):
+        loader.take()
+    loader.close()
+
+
 def test_a_bad_row_is_said_by_the_step_that_needs_it(config):
     loader = Loader(config, {"task": Rows(bad=SIZE + 1).order}, pad=0)
     taken(loader)

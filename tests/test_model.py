@@ -12,7 +12,7 @@ from mlalign import model as model_module
 from mlalign import pooling, sharding
 from mlalign.config import Config, Lora, Model
 from mlalign.errors import UserError
-from mlalign.model import AlignedModel, add_lora, resolve_layer, truncated_decoder
+from mlalign.model import AlignedModel, add_lora, load_lm, resolve_layer, truncated_decoder
 
 _LLAMA_LIKE = {
     "vocab_size": 97,
@@ -76,6 +76,16 @@ def passes(*each: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     """As `collate.collate_bitext` makes them, rows in order."""
     numbers = torch.arange(sum(len(one["input_ids"]) for one in each)).split([len(one["input_ids"]) for one in each])
     return [one | {"rows": rows} for one, rows in zip(each, numbers)]
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_a_model_without_weights_is_one_sentence(tmp_path, tiny_model, monkeypatch, flash):
+    """Where flash attention is installed too, and a second try without it is made."""
+    for path in tiny_model.glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.setattr("mlalign.model.attention_name", lambda *_: "flash_attention_2" if flash else None)
+    with pytest.raises(UserError, match=rf"model\.path {tmp_path}: no model could be loaded: "):
+        load_lm(Model(path=str(tmp_path)))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])

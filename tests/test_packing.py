@@ -5,7 +5,7 @@ import torch
 from test_model import ARCHITECTURES, build
 
 from mlalign import packing
-from mlalign.collate import collate_bitext, collate_ids, collate_task
+from mlalign.collate import collate_bitext, collate_ids, collate_task, pad_id
 from mlalign.config import Model
 from mlalign.errors import UserError
 from mlalign.examples import Pair, TaskExample
@@ -72,6 +72,20 @@ def test_a_model_that_cannot_tell_packed_rows_apart_is_refused_or_padded(tokeniz
     engine.module.flash = True
     assert packing.choose_pad(engine, Model(path=""), tokenizer) == tokenizer.pad_token_id
     assert "rows are padded: FalconForCausalLM" in capsys.readouterr().out
+
+
+def test_a_model_with_a_recurrent_state_is_padded_unasked(tokenizer, monkeypatch):
+    engine = Bare("llama")
+    engine.module.flash = True
+    assert packing.choose_pad(engine, Model(path=""), tokenizer) is None
+    monkeypatch.setattr(type(engine.module.lm), "_is_stateful", True)
+    monkeypatch.setattr(packing, "packing_error", None)
+    assert packing.choose_pad(engine, Model(path=""), tokenizer) == tokenizer.pad_token_id
+
+
+def test_a_padding_token_that_the_model_has_no_embedding_for_is_another(tokenizer):
+    assert pad_id(tokenizer, tokenizer.pad_token_id + 1) == tokenizer.pad_token_id
+    assert pad_id(tokenizer, tokenizer.pad_token_id) == 0
 
 
 def test_a_model_without_positions_is_refused_too(tokenizer):

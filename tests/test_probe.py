@@ -23,7 +23,7 @@ from mlalign import distributed, retrieval, states
 from mlalign.commands.probe import Settings, probe
 from mlalign.config import load
 from mlalign.errors import UserError
-from mlalign.probe_report import MEASURES, Curves, correlate, recommend, shared_languages
+from mlalign.probe_report import MEASURES, Curves, correlate, read_report, recommend, shared_languages
 from mlalign.tracker import console
 
 SENTENCES = {
@@ -237,7 +237,7 @@ def test_a_killed_probe_goes_on(asked, data, killer):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(killer)
-    assert process.wait(60) == (-killer if killer == signal.SIGKILL else 0)
+    assert process.wait(60) == (-killer if killer == signal.SIGKILL else 75)
     assert (job / "stopped").exists() == (killer != signal.SIGKILL)
     assert (job / "progress").read_text().strip().endswith(".npy")
     there = len(list(folder.glob("*.npy")))
@@ -399,6 +399,13 @@ def test_mistakes_are_one_sentence(asked, changes, sentence):
         probe(replace(asked, **changes))
     assert "\n" not in str(error.value)
     assert not (asked.output / "probe.json").exists()
+
+
+def test_a_report_of_translation_is_read_by_its_languages(tmp_path):
+    scores = {"en-de": 30.0, "de-en": 40.0, "fr-de": 20.0, "en-sw": 5.0}
+    (tmp_path / "report.json").write_text(json.dumps({"task": "translation", "scores": {"bleu": scores}}))
+    found = read_report(tmp_path, None)
+    assert found == ("bleu", {"de": 30.0, "fr": 20.0, "sw": 5.0})
 
 
 def test_reports_that_do_not_fit_are_said(asked, tmp_path):

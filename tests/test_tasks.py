@@ -75,6 +75,7 @@ def test_slot_f1_is_micro_over_rows_and_malformed_answers_are_counted():
 
 def test_a_value_may_hold_a_colon():
     assert slot_filling.parse("time: 9:30; date: x") == ([("time", "9:30"), ("date", "x")], False)
+    assert slot_filling.parse("Other: x; date: y") == ([("date", "y")], True)
 
 
 def massive_tokens(annotated, char_split):
@@ -221,6 +222,12 @@ def test_bleu_and_chrf_are_sacrebleus_own(target, texts, tokenize):
     assert found["chrf++"] == CHRF(word_order=2).corpus_score(predictions, [texts]).score
     assert f"tok:{tokenize}" in translation.describe(f"en-{target}")["bleu"]
     assert "nw:2" in translation.describe(f"en-{target}")["chrf++"]
+
+
+def test_several_target_languages_are_not_scored_as_one():
+    golds = [{"src": "a", "reference": "b", "tgt_lang": code} for code in ("zh", "de", "zh")]
+    with pytest.raises(ValueError, match=r"en has rows of several target languages, de, zh"):
+        translation.statistics(["b"] * 3, golds, "en")
 
 
 def test_answers_in_another_language_and_empty_ones_are_off_target():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
+from conftest import train_with
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -140,7 +141,7 @@ def test_a_signal_saves_and_the_resumed_run_logs_what_an_undisturbed_one_does(tm
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.returncode == 75
     assert "stopped by a signal after step" in output
     output = run(ALONE, stopped, tmp_path / "b.yaml")
     assert "resumed from" in output and "done, 60 steps" in output
@@ -164,7 +165,7 @@ def test_a_damaged_checkpoint_costs_steps_and_changes_nothing(tmp_path, recipe):
 
 
 def test_a_second_run_on_the_same_directory_is_refused(tmp_path, recipe):
-    recipe["optimizer"] |= {"steps": 1000}
+    recipe["optimizer"] |= {"steps": 100_000}
     first = start(ALONE, recipe, tmp_path / "c.yaml")
     log = Path(recipe["run_dir"]) / "metrics.jsonl"
     while not (log.exists() and log.read_text()):
@@ -342,7 +343,37 @@ def test_data_that_changed_between_start_and_resume_is_refused(ranks, settings, 
     assert ranks(1).run(failure, settings) == ["no error"]
     fewer.write_text("".join(rows["task"].read_text().splitlines(keepends=True)[:16]))
     (message,) = ranks(1).run(failure, settings)
-    assert "was started with 48 rows and 6 steps, now the data gives 16 and 2" in message
+    assert "was started with 6 steps, now the data gives 2: put the data back" in message
+
+
+def test_bitext_that_changed_between_start_and_resume_is_refused(ranks, settings, rows, tmp_path):
+    more = tmp_path / "bitext.jsonl"
+    more.write_text(rows["bitext"].read_text())
+    settings["alignment"]["train"] = str(more)
+    assert ranks(1).run(failure, settings) == ["no error"]
+    lines = more.read_text().splitlines(keepends=True)
+    more.write_text("".join([*lines, *lines[:2]]))
+    (message,) = ranks(1).run(failure, settings)
+    assert f"was started with {len(lines)} rows of alignment.train, now the data gives {len(lines) + 2}" in message
+
+
+def test_a_signal_in_the_last_step_leaves_the_adapter_to_be_written(settings, tmp_path):
+    """Without dev rows, where it is written once, at the end."""
+    steps = []
+
+    def signalled(backward, *arguments):
+        steps.append(None)
+        if len(steps) == settings["optimizer"]["steps"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return backward(*arguments)
+
+    assert train_with(settings, signalled) == f"after step {len(steps)}"
+    adapter = Path(settings["run_dir"]) / "adapter/adapter_model.safetensors"
+    assert not adapter.exists()
+    assert train_with(settings, signalled) == "done"
+    straight = settings | {"run_dir": str(tmp_path / "straight")}
+    assert train_with(straight, lambda backward, *arguments: backward(*arguments)) == "done"
+    assert adapter.read_bytes() == (Path(straight["run_dir"]) / "adapter/adapter_model.safetensors").read_bytes()
 
 
 def test_the_command_line_prints_the_sentence_and_exits_with_2(tmp_path, settings):

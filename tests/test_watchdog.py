@@ -175,3 +175,7 @@ def test_used_up_memory_is_said_with_what_to_change(ranks, settings):
     settings["model"]["gradient_checkpointing"] = True
     (sentence,) = ranks(1).run(exhausted, settings, "alignment")
     assert "(alignment batch, step 1): set alignment.micro_batch_size=4, or shard more" in sentence
+    settings["alignment"]["negatives"] = "local"  # then smaller micro-batches are another loss
+    settings["run_dir"] += "-local"
+    (sentence,) = ranks(1).run(exhausted, settings, "alignment")
+    assert "(alignment batch, step 1): shard more" in sentence

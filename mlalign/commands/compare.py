@@ -49,10 +49,8 @@ def compare(settings: Settings) -> dict:
     evaluations = [read_evaluation(folder) for folder in settings.evaluations]
     task = load_task(evaluations[0]["task"])
     systems = _scores(settings, task, evaluations)
-    first = next(iter(systems[0].values()))
     metric = settings.metric or task.MAIN
-    if metric not in first.point:
-        raise UserError(f"metric {metric} is none of {', '.join(first.point)}")
+    _refuse_unknown(metric, systems)
     result = _result(settings, names, evaluations, systems, metric)
     bars = {
         name: {language: scores[language].point[metric] for language in scores} for name, scores in zip(names, systems)
@@ -120,6 +118,17 @@ def _scores(settings: Settings, task: ModuleType, evaluations: list[dict]) -> li
                 columns["comet"] = sentences[1]
             scores[language] = score(task, columns, read[0].ids, language, settings.seed)
     return systems
+
+
+def _refuse_unknown(metric: str, systems: list[dict[str, Scores]]) -> None:
+    """Raises UserError for a metric that is not there, or not in every language."""
+    everywhere = [scores.point for system in systems for scores in system.values()]
+    lacking = sorted({code for system in systems for code, scores in system.items() if metric not in scores.point})
+    if lacking:
+        known = [name for name in everywhere[0] if all(name in point for point in everywhere)]
+        if any(metric in point for point in everywhere):
+            raise UserError(f"metric {metric} is not there in {', '.join(lacking)}: choose one of {', '.join(known)}")
+        raise UserError(f"metric {metric} is none of {', '.join(known)}")
 
 
 def _refuse_other_rows(first: Path, folder: Path, language: str, wanted: Predictions, found: Predictions) -> None:

@@ -8,7 +8,6 @@ from operator import itemgetter
 
 from rich.text import Text
 
-from mlalign.collate import pad_id
 from mlalign.config import Config
 from mlalign.dataset import load_dataset
 from mlalign.examples import Pair, TaskExample
@@ -38,7 +37,7 @@ def inspect(config: Config) -> None:
             console.print(line)
     for name, counts in dataset.counts.items():
         say(f"{name}: {counts}")
-    say(f"legend: dim masked, green learned, underlined pooled, _ padding (id {pad_id(tokenizer)})")
+    say("legend: dim masked, green learned, underlined pooled, _ padding")
 
 
 def _task(row: TaskExample, width: int, tokenizer) -> Text:

@@ -36,6 +36,7 @@ from mlalign.probe_report import (
     correlate,
     language_groups,
     measure_layer,
+    read_report,
     recommend,
     shared_languages,
 )
@@ -80,7 +81,7 @@ def probe(settings: Settings) -> dict:
     start = time.monotonic()
     if settings.metric and not settings.reports:
         raise UserError(f"metric {settings.metric} belongs to a --report, and there is none")
-    reports = {str(path): _read_report(path, settings.metric) for path in settings.reports}
+    reports = {str(path): read_report(path, settings.metric) for path in settings.reports}
     with distributed.on_main():
         if distributed.is_main():
             _claim(settings.output)
@@ -190,25 +191,6 @@ def _weights(path: str, base: str) -> tuple[str, str | None]:
     raise UserError(
         f"compare {path} holds no adapter_config.json and no config.json: name an adapter, a model or a run"
     )
-
-
-def _read_report(path: Path, metric: str | None) -> tuple[str, dict[str, float]]:
-    """(metric, language -> score) of what `mlalign evaluate` wrote, or of any {metric: {language: score}}."""
-    path = path if path.suffix == ".json" else path / "report.json"
-    try:
-        report = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"report {path} cannot be read: {error}") from error
-    report = report.get("scores", report) if isinstance(report, dict) else {}
-    metrics = {name: scores for name, scores in report.items() if isinstance(scores, dict) and name != "rows"}
-    if metric is None and metrics:
-        metric = next(iter(metrics))
-    if metric not in metrics:
-        raise UserError(f"report {path} has no metric {metric}, but {', '.join(metrics) or 'none at all'}")
-    for language, score in metrics[metric].items():
-        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-            raise UserError(f"report {path}: {metric} of {language} is {score!r}, which is no number")
-    return metric, metrics[metric]
 
 
 def _check_reports(reports: dict[str, tuple[str, dict[str, float]]], parallel: Parallel) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from mlalign import checkpoint, distributed, jobs, model, schedule, sharding
+from mlalign import checkpoint, distributed, model, schedule, sharding
 from mlalign.config import Config
 from mlalign.dataset import Dataset, load_dataset
-from mlalign.errors import UserError
+from mlalign.errors import StoppedError, UserError
 from mlalign.evaluation import evaluate, to_device
 from mlalign.gradients import GradientMeter
 from mlalign.guards import (
@@ -83,7 +83,10 @@ class Progress:
 
 
 def train(config: Config) -> None:
-    """Run or resume the training that `config` describes, on however many ranks there are."""
+    """Run or resume the training that `config` describes, on however many ranks there are.
+
+    Raises StoppedError, on all ranks, where a signal asked to stop before the end, and all is saved.
+    """
     distributed.init()
     engine_config = sharding.engine_config(config, read_deepspeed(config.deepspeed))
     run_dir = Path(config.run_dir)
@@ -119,7 +122,8 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
         tracker.text("config", (run_dir / "config.yaml").read_text())
 
     dataset.tick = watch.touch
-    loader = Loader(config, dataset.orders, pad, progress.step, steps)
+    vocabulary = engine.module.lm.get_input_embeddings().num_embeddings
+    loader = Loader(config, dataset.orders, pad, progress.step, steps, vocabulary)
     with distributed.StopSignals() as signals, closing(loader), watch:
 
         def asked_to_stop() -> bool:
@@ -144,7 +148,8 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
                 tracker.log(progress.step, evaluated)
                 improved = progress.judge(evaluated, config.evaluation.patience)
             finished = progress.step == steps or progress.stopped_early
-            if improved or (finished and not stop and progress.best is None and progress.step > kept):
+            unexported = finished and progress.best is None and not checkpoint.exported(run_dir)
+            if improved or (unexported and not stop):
                 watch.at("export", progress.step)
                 checkpoint.export(engine, tokenizer, run_dir, dataset.languages(), watch.touch)
             due = finished or stop or progress.step % config.checkpoint_every == 0
@@ -182,9 +187,9 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
     tracker.close()
     if any(section and section.streaming for section in (config.task, config.alignment)):
         _say_counts(dataset)
-    say(_farewell(progress, run_dir, steps, stop))
-    if stop and not finished and distributed.is_main():
-        jobs.say_stopped()
+    if stop and (unexported or not finished):
+        raise StoppedError(f"after step {progress.step}")
+    say(_farewell(progress, run_dir, steps))
 
 
 def real_steps(config: Config) -> Iterator[Meter]:
@@ -290,7 +295,7 @@ def _saves_in_background(config: Config, engine_config: dict[str, Any]) -> bool:
 def _save(
     saver: checkpoint.Saver, dataset: Dataset, loader: Loader, meter: Meter, progress: Progress, steps: int
 ) -> None:
-    state = {"progress": asdict(progress), "orders": loader.state(), "steps": steps, "epoch_rows": dataset.epoch_rows}
+    state = {"progress": asdict(progress), "orders": loader.state(), "steps": steps, "rows": dataset.rows}
     own = {f"random_state.{number}": each for number, each in enumerate(random_state())}
     own |= {f"losses.{objective}": losses for objective, losses in meter.losses().items()}
     saver.save(progress.step, state, own, keep={progress.best_step})
@@ -303,11 +308,14 @@ def _resume(engine, dataset: Dataset, meter: Meter, run_dir: Path, seed: int, st
         _seed(seed, step=0)
         return Progress()
     state = checkpoint.load(engine, run_dir, name)
-    if (state["steps"], state["epoch_rows"]) != (steps, dataset.epoch_rows):
-        raise UserError(
-            f"{run_dir} was started with {state['epoch_rows']} rows and {state['steps']} steps, now the data gives "
-            f"{dataset.epoch_rows} and {steps}: put the data back, or choose another run_dir"
-        )
+    for what, then, now in [("steps", state["steps"], steps)] + [
+        (f"rows of {name}.train", state["rows"].get(name, 0), count) for name, count in dataset.rows.items()
+    ]:
+        if then != now:
+            raise UserError(
+                f"{run_dir} was started with {then} {what}, now the data gives {now}: put the data back, or choose "
+                "another run_dir"
+            )
     for objective, order in dataset.orders.items():
         order.restore(state["orders"][objective])
     before = state["world_size"]
@@ -369,9 +377,7 @@ def _describe(engine, config: Config, layer: int, steps: int, packed: bool) -> s
     return ", ".join(parts)
 
 
-def _farewell(progress: Progress, run_dir: Path, steps: int, stop: bool) -> str:
-    if stop:
-        return f"stopped by a signal after step {progress.step}, and saved: the same command resumes"
+def _farewell(progress: Progress, run_dir: Path, steps: int) -> str:
     end = f"stopped early at step {progress.step}" if progress.stopped_early else f"done, {steps} steps"
     best = f"; best dev loss {progress.best:.4f} at step {progress.best_step}" if progress.best is not None else ""
     return f"{end}{best}; results in {run_dir}; watch with: tensorboard --logdir {run_dir}"

@@ -11,6 +11,7 @@ Ids are those of the rows, else file and line: rows that share an id count as th
 
 import glob
 import gzip
+import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator
 from itertools import zip_longest
@@ -204,7 +205,7 @@ def _line_pairs(files: tuple[IO[bytes], IO[bytes]], names: _Pair, pair: _Pair, p
     except UnicodeDecodeError as error:
         broken = names[0] if error.object == one else names[1]
         raise UserError(f"{broken}:{number}: not valid UTF-8 (byte {error.start})") from error
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{names[0]} or {names[1]} is cut or damaged after line {number}: {error}") from error
 
 

@@ -132,13 +132,16 @@ def bio(labels: list[str]) -> list[str]:
 
 
 def parse(answer: str) -> tuple[list[tuple[str, str]], bool]:
-    """(type, value) of each item of an answer, and whether it is malformed: empty, or an item is no such pair."""
+    """(type, value) of each item of an answer, and whether it is malformed: empty, or an item is no such pair.
+
+    The type `Other` is none: it is what words outside all slots are labelled with.
+    """
     if answer.strip().casefold().rstrip(".") == "none":
         return [], False
     slots, malformed = [], not answer.strip()
     for item in answer.strip().removesuffix(";").split(";"):
         kind, colon, value = (part.strip() for part in item.partition(":"))
-        if not (kind and colon and value):
+        if not (kind and colon and value) or kind == _OTHER:
             malformed = True
         else:
             slots.append((kind, value))

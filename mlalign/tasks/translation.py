@@ -59,10 +59,15 @@ def gold(row: dict, answer: str, where: str) -> dict:
 def statistics(predictions: list[str], golds: list[dict], language: str) -> dict[str, np.ndarray]:
     """Per row: sacrebleu's n-gram counts for BLEU [rows, 10] and chrF++ [rows, 24], and `off_target` [rows].
 
-    Every row of one call has the same target language. An empty answer is off target; where py3langid does not know the
-    target language, there is no `off_target`.
+    An empty answer is off target; where py3langid does not know the target language, there is no `off_target`.
+    Raises ValueError where the rows have several target languages: each is scored in its own way.
     """
-    target = golds[0]["tgt_lang"]
+    targets = sorted({each["tgt_lang"] for each in golds})
+    if len(targets) > 1:
+        raise ValueError(
+            f"{language} has rows of several target languages, {', '.join(targets)}: set lang to a direction"
+        )
+    target = targets[0]
     references = [[each["reference"] for each in golds]]
     counts = {
         # sacrebleu keeps counts per sentence behind an underscore; its own significance test uses the same calls
