@@ -105,17 +105,19 @@ on_every_node() {
 
 # Starts the job again, unless it is being cancelled or Slurm requeues it by itself.
 again() {
-    local state
-    state=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p')
+    # The number of an array is also that of its last task, and then means all of them.
+    local state job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    job=${job:-$SLURM_JOB_ID}
+    state=$(scontrol show job -o "$job" | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p')
     if [ "$state" != RUNNING ]; then
         say "$1; not requeued by this script: the job is $state"
     elif [ "${REQUEUE:-yes}" = yes ]; then
         say "$1: requeued"
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$job"
     elif [ -n "${MLALIGN_RESUBMIT:-}" ]; then
         say "$1: the next job of the chain is submitted"
         # Of an array each task has a chain of its own: the last --array counts.
-        local more=--dependency=afterany:$SLURM_JOB_ID${SLURM_ARRAY_TASK_ID:+ --array=$SLURM_ARRAY_TASK_ID}
+        local more=--dependency=afterany:$job${SLURM_ARRAY_TASK_ID:+ --array=$SLURM_ARRAY_TASK_ID}
         export MLALIGN_CHAIN=$MLALIGN_JOB_DIR
         eval "sbatch $MLALIGN_RESUBMIT_FLAGS $more $MLALIGN_RESUBMIT"
     else

@@ -278,6 +278,21 @@ def test_tasks_of_an_array_are_chained_each_by_itself_and_not_for_ever(cluster, 
     assert cluster.logs().count("twice after the same save (nothing): not started again") >= 2
 
 
+def test_a_task_of_an_array_is_requeued_alone(cluster, recipe, tmp_path):
+    """The last one too, whose number is the array's."""
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/bash\n[[ $* == *seed=2* ]] && kill -9 $$\nexit 0\n")
+    killed.chmod(0o755)
+    path, _ = recipe("requeued")
+    overrides = tmp_path / "overrides.txt"
+    overrides.write_text("seed=1\nseed=2\n")
+    job = cluster.submit(
+        "--array=1-2", "sweep.sbatch", overrides, path, PATH=f"{tmp_path}:{cluster.environment['PATH']}"
+    )
+    ends = [cluster.wait(f"{job}_{task}") for task in (1, 2)]
+    assert [(end["JobState"], end["Restarts"]) for end in ends] == [("COMPLETED", "0"), ("FAILED", "1")], cluster.logs()
+
+
 @pytest.mark.parametrize(
     ("doctor", "sentence"),
     [
