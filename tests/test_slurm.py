@@ -244,53 +244,48 @@ def test_a_job_that_loses_ranks_comes_back_each_time_with_the_same_losses(cluste
     assert (run_dir / "adapter/adapter_model.safetensors").read_bytes() == undisturbed[1]
 
 
-def test_a_job_that_crashes_twice_at_one_place_is_not_started_again(cluster, recipe, tmp_path):
-    killed = tmp_path / "python"
-    killed.write_text("#!/bin/bash\nkill -9 $$\n")
-    killed.chmod(0o755)
+@pytest.fixture
+def crashing(cluster, tmp_path) -> dict[str, str]:
+    """An environment in which a job's process is killed at once, if it runs with seed=2."""
+    (tmp_path / "python").write_text("#!/bin/bash\n[[ $* == *seed=2* ]] && kill -9 $$\nexit 0\n")
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "overrides.txt").write_text("seed=1\nseed=2\n")
+    return {"PATH": f"{tmp_path}:{cluster.environment['PATH']}"}
+
+
+def test_a_job_that_crashes_twice_at_one_place_is_not_started_again(cluster, recipe, crashing):
     path, _ = recipe("hopeless")
-    job = cluster.submit("train.sbatch", path, PATH=f"{tmp_path}:{cluster.environment['PATH']}")
+    job = cluster.submit("train.sbatch", path, "seed=2", **crashing)
     found = cluster.wait(job)
     assert (found["JobState"], found["Restarts"]) == ("FAILED", "1"), cluster.log(job)
     assert "twice after the same save (nothing): not started again" in cluster.log(job)
 
 
-def test_tasks_of_an_array_are_chained_each_by_itself_and_not_for_ever(cluster, recipe, tmp_path):
-    """Where requeueing is forbidden, two tasks that always crash are four jobs in all."""
-    killed = tmp_path / "python"
-    killed.write_text("#!/bin/bash\nkill -9 $$\n")
-    killed.chmod(0o755)
+def test_a_task_of_an_array_is_requeued_alone(cluster, recipe, crashing, tmp_path):
+    """The last one too, whose number is the array's."""
+    path, _ = recipe("requeued")
+    job = cluster.submit("--array=1-2", "sweep.sbatch", tmp_path / "overrides.txt", path, **crashing)
+    ends = [cluster.wait(f"{job}_{task}") for task in (1, 2)]
+    assert [(end["JobState"], end["Restarts"]) for end in ends] == [("COMPLETED", "0"), ("FAILED", "1")], cluster.logs()
+
+
+def test_a_task_of_an_array_is_chained_by_itself_and_not_for_ever(cluster, recipe, crashing, tmp_path):
+    """Where requeueing is forbidden, a task that always crashes is two jobs, and the other is one."""
     path, _ = recipe("chained")
-    overrides = tmp_path / "overrides.txt"
-    overrides.write_text("seed=1\nseed=2\n")
-    name, there = "--job-name=chained", {"PATH": f"{tmp_path}:{cluster.environment['PATH']}", "REQUEUE": "no"}
-    job = cluster.submit("--array=1-2", "-N", 1, name, "sweep.sbatch", overrides, path, **there)
+    words = ["--array=1-2", "-N", 1, "--job-name=chained", "sweep.sbatch", tmp_path / "overrides.txt", path]
+    job = cluster.submit(*words, REQUEUE="no", **crashing)
 
     def ends() -> list[tuple[str, str]]:
         shown = cluster.ask("scontrol", "show", "job", "-o").splitlines()
         jobs = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in shown]
         return sorted((each["ArrayTaskId"], each["JobState"]) for each in jobs if each["JobName"] == "chained")
 
-    wanted = [(task, end) for task in ("1", "2") for end in ("COMPLETED", "FAILED")]
+    wanted = [("1", "COMPLETED"), ("2", "COMPLETED"), ("2", "FAILED")]
     cluster.until(job, lambda: ends() == wanted)
     time.sleep(2)
     assert ends() == wanted, cluster.logs()
-    assert cluster.logs().count("twice after the same save (nothing): not started again") >= 2
-
-
-def test_a_task_of_an_array_is_requeued_alone(cluster, recipe, tmp_path):
-    """The last one too, whose number is the array's."""
-    killed = tmp_path / "python"
-    killed.write_text("#!/bin/bash\n[[ $* == *seed=2* ]] && kill -9 $$\nexit 0\n")
-    killed.chmod(0o755)
-    path, _ = recipe("requeued")
-    overrides = tmp_path / "overrides.txt"
-    overrides.write_text("seed=1\nseed=2\n")
-    job = cluster.submit(
-        "--array=1-2", "sweep.sbatch", overrides, path, PATH=f"{tmp_path}:{cluster.environment['PATH']}"
-    )
-    ends = [cluster.wait(f"{job}_{task}") for task in (1, 2)]
-    assert [(end["JobState"], end["Restarts"]) for end in ends] == [("COMPLETED", "0"), ("FAILED", "1")], cluster.logs()
+    logs = [path.read_text() for path in cluster.folder.glob("logs/chained-*.log")]
+    assert sum("twice after the same save (nothing): not started again" in log for log in logs) == 1
 
 
 @pytest.mark.parametrize(
