@@ -344,7 +344,8 @@ def _codes(text: str | None) -> list[str] | None:
 def main() -> None:
     """Run a verb. A user's mistake is one sentence on stderr and exit code 2; 75 (EX_TEMPFAIL): the same command again.
 
-    The latter after a signal, so that what comes after `mlalign train ... &&` does not begin with half a run.
+    The latter after a signal where this process is on its own, so that what comes after `mlalign train ... &&` does not
+    begin with half a run.
     """
     if not any(map(os.path.exists, _GPU_DRIVERS)):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns of having to find that out

@@ -278,7 +278,7 @@ def export(
     lm = engine.module.lm
     adapter = isinstance(lm, PeftModel)
     weights = _gathered(lm, trainable_only=adapter, touch=touch)
-    target = run_dir / ("adapter" if adapter else "model")
+    target = _target(engine, run_dir)
     if distributed.is_main():
         if not adapter:
             weights = {name: weight.to(lm.dtype) for name, weight in weights.items()}
@@ -297,9 +297,13 @@ def export(
     return target
 
 
-def exported(run_dir: Path) -> bool:
-    """Whether `export` has come to its end in this run. All ranks: rank 0 looks."""
-    return distributed.broadcast_object(any((run_dir / name).exists() for name in ("adapter", "model")))
+def exported(engine, run_dir: Path) -> bool:
+    """Whether there is what `export` writes. All ranks: rank 0 looks."""
+    return distributed.broadcast_object(_target(engine, run_dir).exists())
+
+
+def _target(engine, run_dir: Path) -> Path:
+    return run_dir / ("adapter" if isinstance(engine.module.lm, PeftModel) else "model")
 
 
 @contextmanager

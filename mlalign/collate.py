@@ -9,7 +9,7 @@ from mlalign.examples import Pair, TaskExample
 from mlalign.loss import IGNORED
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
+def pad_id(tokenizer: PreTrainedTokenizerBase, vocabulary: float) -> int:
     """An id below `vocabulary` for positions that the attention mask hides and no label covers."""
     pad = tokenizer.pad_token_id
     return pad if pad is not None and pad < vocabulary else 0

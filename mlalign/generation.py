@@ -17,7 +17,7 @@ from mlalign import distributed
 from mlalign.collate import collate_ids, pad_id
 from mlalign.config import Model
 from mlalign.errors import UserError
-from mlalign.model import load_for_inference
+from mlalign.model import load_for_inference, vocabulary
 
 Prompts = list[list[int]]
 Generate = Callable[[Prompts, Callable[[], None]], list[str]]
@@ -70,7 +70,7 @@ def _open_hf(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> Generate
     lm = load_for_inference(Model(path=decoding.model, precision=decoding.precision), decoding.adapter)
     base = lm.get_base_model() if isinstance(lm, PeftModel) else lm
     ends = end_ids(tokenizer, base.generation_config.eos_token_id)
-    pad = pad_id(tokenizer, base.get_input_embeddings().num_embeddings)
+    pad = pad_id(tokenizer, vocabulary(base))
     # In place of the model's own, which may hold more than it says, such as a repetition penalty of 1.05 in Qwen2.5.
     lm.generation_config = base.generation_config = GenerationConfig(
         num_beams=decoding.beams,

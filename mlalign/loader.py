@@ -90,7 +90,7 @@ class Loader:
         rows = self._orders[objective].take(count)
         for row in rows:
             for ids in (row.ids,) if objective == "task" else (row.src, row.tgt):
-                if max(ids) >= self._vocabulary:
+                if max(ids, default=0) >= self._vocabulary:
                     raise UserError(
                         f"a row of {objective} holds token {max(ids)}, but the model has {self._vocabulary} tokens, "
                         "from 0: use its own tokenizer, or resize its embeddings"

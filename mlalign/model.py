@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 from torch.utils._triton import has_triton
@@ -230,6 +230,8 @@ def _has_file(path: str, name: str) -> bool:
         return (Path(path) / name).is_file()
     try:
         return bool(hf_hub_download(path, name))
+    except LocalEntryNotFoundError:  # one of the following too, and only says that this host is offline
+        raise
     except EntryNotFoundError:
         return False
 
@@ -242,6 +244,12 @@ def _changes_tied_weight(lm: PeftModel) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------- truncated forward
+
+
+def vocabulary(lm: nn.Module) -> float:
+    """The number of tokens that a causal LM has embeddings for; infinite where it does not say."""
+    embeddings = lm.get_input_embeddings()
+    return getattr(getattr(embeddings, "base_layer", embeddings), "num_embeddings", math.inf)
 
 
 def decoder_parts(lm: nn.Module) -> tuple[nn.Module, str, str]:

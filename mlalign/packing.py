@@ -14,7 +14,7 @@ from mlalign.config import Model
 from mlalign.errors import UserError
 from mlalign.evaluation import to_device
 from mlalign.examples import Pair, TaskExample
-from mlalign.model import precision_dtype
+from mlalign.model import precision_dtype, vocabulary
 from mlalign.tracker import say
 
 #: Largest relative difference between packed and padded rows that is rounding. Rows that see each other differ by 0.1.
@@ -29,7 +29,7 @@ def choose_pad(engine, settings: Model, tokenizer: PreTrainedTokenizerBase) -> i
     lm = engine.module.lm.get_base_model() if isinstance(engine.module.lm, PeftModel) else engine.module.lm
     # A recurrent state may flow from row to row, by too little for the question below to tell it from rounding in bf16.
     wanted = engine.module.flash and not lm._is_stateful if settings.packing == "auto" else settings.packing
-    pad = pad_id(tokenizer, lm.get_input_embeddings().num_embeddings)
+    pad = pad_id(tokenizer, vocabulary(lm))
     if not wanted:
         return pad
     dtype = precision_dtype(settings.precision)
@@ -53,8 +53,7 @@ def packing_error(engine, pad: int) -> float:
 
     The second row repeats the first: a model that sees both predicts it better.
     """
-    vocabulary = engine.module.lm.get_input_embeddings().num_embeddings
-    ids = [7919 * i % vocabulary for i in range(1, 13)]
+    ids = [7919 * i % min(vocabulary(engine.module.lm), 1000) for i in range(1, 13)]
     rows = [TaskExample(row, row, len(row) - 1, "") for row in (ids, ids[:9])]
     pairs = [Pair(ids, ids[:7], ("", ""), (0, 0, 0)), Pair(ids[:5], ids[2:], ("", ""), (0, 0, 0))]
     engine.eval()

@@ -86,7 +86,7 @@ def _read_csv(path: str) -> Iterator[tuple[str, Row]]:
                     raise UserError(f"{where}: not as many fields as the header has, which are {len(names)}")
                 yield where, row
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not valid UTF-8 (byte {error.start})") from error
+            raise UserError(f"{path}: not valid UTF-8 after line {reader.line_num}") from error
         except csv.Error as error:
             raise UserError(f"{path}: the row from line {reader.line_num + 1} on is not valid CSV: {error}") from error
 

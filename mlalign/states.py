@@ -4,6 +4,7 @@ A state file holds one language: [poolings, layers, distinct sentences, hidden],
 of the model, the settings and the sentences, so that an interrupted probe encodes only what it lacks.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -129,7 +130,7 @@ def encode(
     settings = load_model_config(Model(path=encoder.model)).get_text_config()
     positions = getattr(settings, "max_position_embeddings", None)
     module = _load(encoder, deepspeed)
-    pad, bos = pad_id(tokenizer, settings.vocab_size), tokenizer.bos_token_id
+    pad, bos = pad_id(tokenizer, getattr(settings, "vocab_size", math.inf)), tokenizer.bos_token_id
     for language in missing:
         start = time.monotonic()
         rows = [encode_text(text, tokenizer) for text in parallel.texts[language]]

@@ -77,30 +77,25 @@ prepare_environment() {
 }
 
 # Copies STAGE_DIR to LOCAL_DIR on every node and puts the copy's path in place of it in the arguments. The path is the
-# same for every job, for a run goes on under its own paths only; jobs that share a node share the copy, and the last
-# takes it away.
+# same for every job, for a run goes on under its own paths only.
 stage() {
     STAGED=("$@")
     [ -n "${STAGE_DIR:-}" ] || return 0
-    local folder=${LOCAL_DIR:?STAGE_DIR needs LOCAL_DIR, the local disk of a node}/mlalign-$(id -un)
-    staged_copy=$folder/staged-$(cksum <<<"$STAGE_DIR" | cut -d' ' -f1)
+    staged_copy=${LOCAL_DIR:?STAGE_DIR needs LOCAL_DIR, the local disk of a node}/mlalign-$(id -un)
+    staged_copy+=/staged-$(cksum <<<"$STAGE_DIR" | cut -d' ' -f1)
     say "staging $STAGE_DIR to $staged_copy"
-    # shellcheck disable=SC2016
-    on_every_node 'mkdir -p "$1" && exec 9>"$1.lock" && flock 9 && { ls -A "$1.users" 2>/dev/null | grep -q . || rm -rf "$1"; } &&
-        mkdir -p "$1" "$1.users" && touch "$1.users/$2" && cp -au "$0/." "$1"'
+    on_every_node in
     STAGED=("${@//$STAGE_DIR/$staged_copy}")
 }
 
 # The next attempt may get other nodes.
 unstage() {
-    # shellcheck disable=SC2016
-    [ -z "${STAGE_DIR:-}" ] || on_every_node 'exec 9>"$1.lock" && flock 9 && rm -f "$1.users/$2" &&
-        { ls -A "$1.users" 2>/dev/null | grep -q . || rm -rf "$1" "$1.users"; }' || :
+    [ -z "${STAGE_DIR:-}" ] || on_every_node out || :
 }
 
-# Runs a script once on each node; its $0, $1 and $2 are STAGE_DIR, the copy and the job.
 on_every_node() {
-    srun --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" bash -c "$1" "$STAGE_DIR" "$staged_copy" "$SLURM_JOB_ID"
+    srun --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" \
+        bash "$MLALIGN_HOME/slurm/stage" "$1" "$STAGE_DIR" "$staged_copy" "$SLURM_JOB_ID"
 }
 
 # Starts the job again, unless it is being cancelled or Slurm requeues it by itself.

@@ -271,7 +271,7 @@ BAD_CSV = {
     b"a,b\n1\n": r"rows.csv:2: not as many fields",
     b'a,b\n1,"2\n': r"rows.csv: the row from line 2 on is not valid CSV: unexpected end of data",
     b"a,a\n1,2\n": r"rows.csv:1: two columns have the same name: a, a",
-    b"a\n\xff\n": r"rows.csv: not valid UTF-8 \(byte",
+    b"a\n" + b"b\n" * 9999 + b"\xff\n": r"rows.csv: not valid UTF-8 after line \d+",
 }
 
 

@@ -34,6 +34,8 @@ def test_a_rank_that_sees_one_gpu_has_deepspeed_use_it(monkeypatch):
     place = Place("srun", rank=3, world_size=4, local_rank=1, address="n1", port="29500")
     monkeypatch.setattr(distributed.launchers, "discover", lambda: place)
     monkeypatch.setattr(distributed, "uses_cuda", lambda: True)
+    monkeypatch.setattr(distributed, "_local_rank", 0)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: False)
     for name, value in {"device_count": 1, "set_device": None, "current_device": 0}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(distributed, "_join", lambda place: 1 / 0)  # no further

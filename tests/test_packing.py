@@ -1,7 +1,10 @@
 """Packed rows give what padded ones do, or are not packed: every architecture is asked."""
 
+import math
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_model import ARCHITECTURES, build
 
 from mlalign import packing
@@ -10,7 +13,7 @@ from mlalign.config import Model
 from mlalign.errors import UserError
 from mlalign.examples import Pair, TaskExample
 from mlalign.loss import IGNORED
-from mlalign.model import AlignedModel
+from mlalign.model import AlignedModel, vocabulary
 
 ROWS = [[5, 6, 7, 8], [9], [10, 11]]
 
@@ -26,6 +29,11 @@ class Bare:
 
     def __call__(self, **passes):
         return self.module(**passes)
+
+
+class NoEmbeddings(torch.nn.Module):
+    def get_input_embeddings(self):
+        return torch.nn.Module()
 
 
 def test_packed_rows_lie_behind_each_other():
@@ -81,6 +89,13 @@ def test_a_model_with_a_recurrent_state_is_padded_unasked(tokenizer, monkeypatch
     monkeypatch.setattr(type(engine.module.lm), "_is_stateful", True)
     monkeypatch.setattr(packing, "packing_error", None)
     assert packing.choose_pad(engine, Model(path=""), tokenizer) == tokenizer.pad_token_id
+
+
+def test_adapters_of_the_embeddings_hide_their_number():
+    lm = build("llama")
+    adapted = get_peft_model(lm, LoraConfig(target_modules=["embed_tokens", "q_proj"]))
+    assert vocabulary(adapted) == 97
+    assert vocabulary(torch.nn.Module.__new__(NoEmbeddings)) == math.inf
 
 
 def test_a_padding_token_that_the_model_has_no_embedding_for_is_another(tokenizer):

@@ -386,6 +386,39 @@ def test_a_sweep_with_staged_data_in_a_container(cluster, recipe, rows, tmp_path
     assert (tmp_path / "note").read_text().split()[:3] == ["exec", "--nv", "--bind"]
 
 
+def test_staged_copies_are_whole_shared_and_taken_away(cluster, tmp_path):
+    """Whatever was killed before; and no copy changes under a job that reads it."""
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    source.mkdir()
+    (source / "rows").write_text("one")
+    running = re.search(r"\d+", cluster.ask("sbatch", "--output=/dev/null", "--wrap=sleep 300"))[0]
+    cluster.wait(running, "RUNNING")
+
+    def stage(way: str, job: str) -> None:
+        cluster.ask(ROOT / "slurm" / "stage", way, source, copy, job)
+
+    copy.mkdir()
+    (copy / "rows").write_text("o")  # of a copy that was cut short
+    (tmp_path / "copy.users").mkdir()
+    (tmp_path / "copy.users" / "99999").touch()  # and its job is gone
+    stage("in", running)
+    assert (copy / "rows").read_text() == "one"
+    assert [path.name for path in (tmp_path / "copy.users").iterdir()] == [running]
+    stage("in", "99998")
+    (source / "rows").write_text("other")
+    with pytest.raises(
+        AssertionError, match=f"source has changed, and on .* job {running} still reads what was staged"
+    ):
+        stage("in", "99997")
+    stage("out", "99998")
+    assert (copy / "rows").read_text() == "one"
+    stage("out", running)
+    assert not copy.exists()
+    stage("in", "99997")
+    assert (copy / "rows").read_text() == "other"
+    cluster.ask("scancel", running)
+
+
 def test_probe_and_evaluate_as_jobs(cluster, tiny_model, rows, tmp_path):
     """One on all ranks, the other as an array over languages."""
     for language in ("en", "de"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -357,8 +358,11 @@ def test_bitext_that_changed_between_start_and_resume_is_refused(ranks, settings
     assert f"was started with {len(lines)} rows of alignment.train, now the data gives {len(lines) + 2}" in message
 
 
-def test_a_signal_in_the_last_step_leaves_the_adapter_to_be_written(settings, tmp_path):
-    """Without dev rows, where it is written once, at the end."""
+@pytest.mark.parametrize("dev", [False, True])
+def test_a_signal_in_the_last_step_leaves_the_adapter_to_be_written(settings, rows, tmp_path, dev):
+    """Without dev rows, where it is written once, at the end; or by an evaluation, and the last may be the best."""
+    if dev:
+        settings |= {"task": settings["task"] | {"dev": str(rows["task_dev"])}, "evaluation": {"every": 2}}
     steps = []
 
     def signalled(backward, *arguments):
@@ -369,11 +373,21 @@ def test_a_signal_in_the_last_step_leaves_the_adapter_to_be_written(settings, tm
 
     assert train_with(settings, signalled) == f"after step {len(steps)}"
     adapter = Path(settings["run_dir"]) / "adapter/adapter_model.safetensors"
-    assert not adapter.exists()
+    assert adapter.exists() == dev
     assert train_with(settings, signalled) == "done"
     straight = settings | {"run_dir": str(tmp_path / "straight")}
     assert train_with(straight, lambda backward, *arguments: backward(*arguments)) == "done"
     assert adapter.read_bytes() == (Path(straight["run_dir"]) / "adapter/adapter_model.safetensors").read_bytes()
+
+
+def test_an_adapter_of_an_earlier_start_is_written_anew(ranks, settings):
+    assert ranks(1).run(failure, settings) == ["no error"]
+    run_dir = Path(settings["run_dir"])
+    shutil.rmtree(run_dir / "checkpoints")
+    adapter = run_dir / "adapter/adapter_model.safetensors"
+    adapter.write_bytes(b"of before")
+    assert ranks(1).run(failure, settings) == ["no error"]
+    assert adapter.stat().st_size > 100
 
 
 def test_the_command_line_prints_the_sentence_and_exits_with_2(tmp_path, settings):

@@ -122,8 +122,7 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
         tracker.text("config", (run_dir / "config.yaml").read_text())
 
     dataset.tick = watch.touch
-    vocabulary = engine.module.lm.get_input_embeddings().num_embeddings
-    loader = Loader(config, dataset.orders, pad, progress.step, steps, vocabulary)
+    loader = Loader(config, dataset.orders, pad, progress.step, steps, model.vocabulary(engine.module.lm))
     with distributed.StopSignals() as signals, closing(loader), watch:
 
         def asked_to_stop() -> bool:
@@ -148,7 +147,9 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
                 tracker.log(progress.step, evaluated)
                 improved = progress.judge(evaluated, config.evaluation.patience)
             finished = progress.step == steps or progress.stopped_early
-            unexported = finished and progress.best is None and not checkpoint.exported(run_dir)
+            owed = finished and dataset.has_dev and progress.evaluation_due(config, steps)
+            unexported = finished and progress.best is None
+            unexported = unexported and (progress.step > kept or not checkpoint.exported(engine, run_dir))
             if improved or (unexported and not stop):
                 watch.at("export", progress.step)
                 checkpoint.export(engine, tokenizer, run_dir, dataset.languages(), watch.touch)
@@ -187,7 +188,7 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
     tracker.close()
     if any(section and section.streaming for section in (config.task, config.alignment)):
         _say_counts(dataset)
-    if stop and (unexported or not finished):
+    if stop and (owed or unexported or not finished):
         raise StoppedError(f"after step {progress.step}")
     say(_farewell(progress, run_dir, steps))
 
@@ -219,7 +220,7 @@ def measure(config: Config, steps: int) -> dict[str, float]:
 
     Returns: tokens_per_second over all ranks, and memory: the peak in bytes, of rank 0's GPU or process.
     """
-    running = real_steps(config)
+    running = real_steps(config.model_copy(update={"log_gradients": False}))  # which few steps are slowed by
     next(running).restart_clock()  # the first compiles, records and allocates
     for _ in range(steps):
         meter = next(running)
