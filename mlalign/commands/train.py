@@ -148,8 +148,11 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
                 improved = progress.judge(evaluated, config.evaluation.patience)
             finished = progress.step == steps or progress.stopped_early
             owed = finished and dataset.has_dev and progress.evaluation_due(config, steps)
-            unexported = finished and progress.best is None
-            unexported = unexported and (progress.step > kept or not checkpoint.exported(engine, run_dir))
+            unexported = (
+                finished
+                and progress.best is None
+                and (progress.step > kept or not checkpoint.exported(engine, run_dir))
+            )
             if improved or (unexported and not stop):
                 watch.at("export", progress.step)
                 checkpoint.export(engine, tokenizer, run_dir, dataset.languages(), watch.touch)
