@@ -167,7 +167,7 @@ STUDIES = {
             ),
             "weight",
         ),
-        Study("batch", "Pairs of a batch", tuple(map(_batch, (8, 32, 64, 256))), "pairs of a batch"),
+        Study("batch", "Pairs of a batch", tuple(map(_batch, (8, 32, 64, 256, 1024))), "pairs of a batch"),
         Study(
             "pairs",
             "How much bitext",
