@@ -89,11 +89,8 @@ def test_cosines_and_norms_are_those_of_two_plain_passes(ranks, settings, size, 
     assert any(abs(expected[name]) > 1e-2 for name in names if "cosine" in name)
 
 
-@pytest.mark.parametrize(
-    "changed", [{"gradient_checkpointing": True}, {"compile": True}], ids=lambda changed: min(changed)
-)
-def test_blocks_that_run_twice_or_are_compiled_give_the_same(ranks, settings, changed):
-    settings |= {"lora": None, "model": settings["model"] | changed}
+def test_blocks_that_run_twice_give_the_same(ranks, settings):
+    settings |= {"lora": None, "model": settings["model"] | {"gradient_checkpointing": True}}
     found = ranks(2).run(measured, settings, {"zero_optimization": {"stage": 2}}, 2**20)[0]
     assert found == pytest.approx(wanted(Config.model_validate(settings), 2**20), rel=1e-3, abs=1e-4)
 
