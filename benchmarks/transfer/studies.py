@@ -167,7 +167,15 @@ STUDIES = {
             ),
             "weight",
         ),
-        Study("batch", "Pairs of a batch", tuple(map(_batch, (8, 32, 64, 256, 1024))), "pairs of a batch"),
+        Study(
+            "batch",
+            "Pairs of a batch",
+            (
+                *map(_batch, (8, 32, 64, 256)),
+                Arm("batch 256, local", (*_batch(256).changes, "alignment.negatives=local"), x="256 as\n4 x 64"),
+            ),
+            "pairs of a batch",
+        ),
         Study(
             "pairs",
             "How much bitext",
