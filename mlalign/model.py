@@ -92,16 +92,15 @@ def load_lm(settings: Model, deepspeed_config: dict[str, Any] | None = None) -> 
     dtype = precision_dtype(settings.precision)
     attention = attention_name(settings.attention, dtype)
     with _sharded_loading(deepspeed_config):
-        tried = [attention, None] if settings.attention == "auto" and attention else [attention]
-        for number, name in enumerate(tried, 1):  # None: a model without flash attention
+        try:
             try:
-                lm = _from_pretrained(settings, dtype, name)
-                break
-            except Exception as error:
-                if number == len(tried):
-                    raise UserError(
-                        f"model.path {settings.path}: no model could be loaded: {_first_line(error)}"
-                    ) from error
+                lm = _from_pretrained(settings, dtype, attention)
+            except Exception:
+                if settings.attention != "auto" or attention is None:
+                    raise
+                lm = _from_pretrained(settings, dtype, None)  # a model without flash attention
+        except Exception as error:
+            raise UserError(f"model.path {settings.path}: no model could be loaded: {_first_line(error)}") from error
     if settings.gradient_checkpointing:
         # Reentrant checkpointing fails where a block runs twice in one backward, as with two passes over a pair.
         lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -197,13 +196,12 @@ def adapter_folder(path: str) -> str:
 def _with_adapter(lm: PreTrainedModel, adapter: str, model: str) -> PeftModel:
     try:
         trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-        if not _has_file(adapter, "adapter_model.safetensors"):
-            raise UserError(f"adapter {adapter} has no adapter_model.safetensors: pickled weights are not loaded")
-        saved = load_peft_weights(adapter, device="cpu")
-    except UserError:
-        raise
+        safe = _has_file(adapter, "adapter_model.safetensors")
+        saved = load_peft_weights(adapter, device="cpu") if safe else {}
     except Exception as error:  # of peft, safetensors, json
         raise UserError(f"adapter {adapter} cannot be loaded: {_first_line(error)}") from error
+    if not safe:
+        raise UserError(f"adapter {adapter} has no adapter_model.safetensors: pickled weights are not loaded")
     try:
         lm = PeftModel.from_pretrained(lm, adapter)
     except Exception as error:

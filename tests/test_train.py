@@ -344,7 +344,7 @@ def test_data_that_changed_between_start_and_resume_is_refused(ranks, settings, 
     assert ranks(1).run(failure, settings) == ["no error"]
     fewer.write_text("".join(rows["task"].read_text().splitlines(keepends=True)[:16]))
     (message,) = ranks(1).run(failure, settings)
-    assert "was started with 6 steps, now the data gives 2: put the data back" in message
+    assert "was started with 48 rows of task.train, 6 steps, now the data gives 16, 2: put the data back" in message
 
 
 def test_bitext_that_changed_between_start_and_resume_is_refused(ranks, settings, rows, tmp_path):

@@ -102,14 +102,11 @@ def _local(pairs: int) -> Arm:
     return Arm(f"local, {64 // pairs} x {pairs}", changes)
 
 
-def _each(name: str, key: str, values: tuple[float, ...], default: float) -> tuple[Arm, ...]:
-    """An arm for each value of a key; the recipe's own, `default`, is the arm that other studies have too."""
-    return tuple(
-        Arm(ALIGNED.name, x=f"{value:g}")
-        if value == default
-        else Arm(f"{name} {value:g}", (f"{key}={value:g}",), x=f"{value:g}")
-        for value in values
-    )
+def _weight(weight: float) -> Arm:
+    """The recipe's own is the arm that other studies have too; so is it in `_batch`."""
+    if weight == 0.1:
+        return Arm(ALIGNED.name, x=f"{weight:g}")
+    return Arm(f"weight {weight:g}", (f"alignment.weight={weight:g}",), x=f"{weight:g}")
 
 
 def _batch(pairs: int) -> Arm:
@@ -163,7 +160,7 @@ STUDIES = {
             "The weight of alignment",
             (
                 Arm(TASK_ONLY.name, NO_ALIGNMENT, x="0"),
-                *_each("weight", "alignment.weight", (0.03, 0.1, 0.3, 1, 3), 0.1),
+                *map(_weight, (0.03, 0.1, 0.3, 1, 3)),
             ),
             "weight",
         ),

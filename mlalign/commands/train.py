@@ -210,8 +210,7 @@ def real_steps(config: Config) -> Iterator[Meter]:
     with closing(Loader(config, dataset.orders, choose_pad(engine, config.model, tokenizer))) as loader:
         engine.train()
         while True:
-            gradients = GradientMeter(engine.module, wanted=config.log_gradients)
-            with gradients:
+            with GradientMeter(engine.module, wanted=config.log_gradients) as gradients:
                 with_task = _backward(engine, config, loader.take(), meter, gradients.begin)
             _optimizer_step(engine, config.optimizer.lr, with_task, measure=False)
             gradients.read()
@@ -299,10 +298,15 @@ def _saves_in_background(config: Config, engine_config: dict[str, Any]) -> bool:
 def _save(
     saver: checkpoint.Saver, dataset: Dataset, loader: Loader, meter: Meter, progress: Progress, steps: int
 ) -> None:
-    state = {"progress": asdict(progress), "orders": loader.state(), "steps": steps, "rows": dataset.rows}
+    state = {"progress": asdict(progress), "orders": loader.state(), "sizes": _sizes(dataset, steps)}
     own = {f"random_state.{number}": each for number, each in enumerate(random_state())}
     own |= {f"losses.{objective}": losses for objective, losses in meter.losses().items()}
     saver.save(progress.step, state, own, keep={progress.best_step})
+
+
+def _sizes(dataset: Dataset, steps: int) -> dict[str, int]:
+    """What must be as it was when a run goes on, or the saved places in the orders mean other rows."""
+    return {f"rows of {name}.train": count for name, count in dataset.rows.items()} | {"steps": steps}
 
 
 def _resume(engine, dataset: Dataset, meter: Meter, run_dir: Path, seed: int, steps: int) -> Progress:
@@ -312,14 +316,14 @@ def _resume(engine, dataset: Dataset, meter: Meter, run_dir: Path, seed: int, st
         _seed(seed, step=0)
         return Progress()
     state = checkpoint.load(engine, run_dir, name)
-    for what, then, now in [("steps", state["steps"], steps)] + [
-        (f"rows of {name}.train", state["rows"].get(name, 0), count) for name, count in dataset.rows.items()
-    ]:
-        if then != now:
-            raise UserError(
-                f"{run_dir} was started with {then} {what}, now the data gives {now}: put the data back, or choose "
-                "another run_dir"
-            )
+    began, sizes = state["sizes"], _sizes(dataset, steps)
+    changed = [what for what in began if began[what] != sizes.get(what, 0)]
+    if changed:
+        then = ", ".join(f"{began[what]} {what}" for what in changed)
+        now = ", ".join(f"{sizes.get(what, 0)}" for what in changed)
+        raise UserError(
+            f"{run_dir} was started with {then}, now the data gives {now}: put the data back, or choose another run_dir"
+        )
     for objective, order in dataset.orders.items():
         order.restore(state["orders"][objective])
     before = state["world_size"]

@@ -10,8 +10,6 @@ Ids are those of the rows, else file and line: rows that share an id count as th
 """
 
 import glob
-import gzip
-import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator
 from itertools import zip_longest
@@ -24,6 +22,7 @@ from langcodes import tag_is_valid
 
 from mlalign.config import Source
 from mlalign.corpora.item import (
+    DAMAGE,
     Item,
     check_language,
     hub_configurations,
@@ -205,7 +204,7 @@ def _line_pairs(files: tuple[IO[bytes], IO[bytes]], names: _Pair, pair: _Pair, p
     except UnicodeDecodeError as error:
         broken = names[0] if error.object == one else names[1]
         raise UserError(f"{broken}:{number}: not valid UTF-8 (byte {error.start})") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except DAMAGE as error:
         raise UserError(f"{names[0]} or {names[1]} is cut or damaged after line {number}: {error}") from error
 
 

@@ -54,12 +54,16 @@ def text_field(row: Row, name: str, where: str, expected: str) -> str:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
+#: What compressed files raise when they are cut or damaged.
+DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, BadZipFile, TarError)
+
+
 @contextmanager
 def undamaged(name: object) -> Iterator[None]:
-    """Turn what compressed files raise when they are cut or damaged into a UserError."""
+    """Turn `DAMAGE` into a UserError."""
     try:
         yield
-    except (EOFError, zlib.error, gzip.BadGzipFile, BadZipFile, TarError) as error:
+    except DAMAGE as error:
         raise UserError(f"{name} is cut or damaged: {error}") from error
 
 
