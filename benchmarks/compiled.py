@@ -40,7 +40,7 @@ def build(folder: str, compiled: bool) -> AlignedModel:
     if compiled:
         compile_blocks(lm)
     aligned = AlignedModel(lm, 1, "mean").train()
-    aligned.fuse()
+    aligned.ask()
     return aligned
 
 

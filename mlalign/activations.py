@@ -19,7 +19,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mlalign import model
 from mlalign.config import Alignment, Config
@@ -55,7 +56,8 @@ def on_paper(config: Config, layer: int, dtype: torch.dtype) -> PaperModel:
     """The model that `train` would build, with adapters and truncated view. Raises UserError as `train` does.
 
     Flash attention is stood in for by sdpa: both keep queries, keys, values and the output for backward, and no matrix
-    of tokens x tokens; and it need not be installed here.
+    of tokens x tokens; and it need not be installed here. Sdpa goes by a name that transformers makes no masks for: on
+    fake tensors it cannot see that none is needed.
     """
     settings = model.load_model_config(config.model)
     attention = None if config.model.attention.startswith(("auto", "flash")) else config.model.attention
@@ -69,12 +71,16 @@ def on_paper(config: Config, layer: int, dtype: torch.dtype) -> PaperModel:
             )
     except (ImportError, ValueError) as error:
         raise UserError(f"model.path {config.model.path}: no model could be built: {error}") from error
+    if lm.config._attn_implementation == "sdpa":
+        AttentionInterface.register("sdpa_on_paper", sdpa_attention_forward)
+        lm.set_attn_implementation("sdpa_on_paper")
     if config.model.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     with torch.device("meta"):
         whole = model.add_lora(lm, config.lora) if config.lora else lm
     aligned = model.AlignedModel(whole, layer, config.alignment.pooling if config.alignment else "mean").train()
-    aligned.fused = fuse_head(whole)  # whether the model's logits are plain is not known here, and taken for granted
+    aligned.fused = fuse_head(whole)  # whether the model's logits are plain is not known here, and taken for granted,
+    aligned.masked = False  # as is that no token sees later ones
     fake = FakeTensorMode()
     with fake:
         _fake_parameters(aligned)

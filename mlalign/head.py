@@ -13,7 +13,7 @@ from mlalign.loss import head_nll
 def fuse_head(lm: nn.Module) -> bool:
     """Teach the LM head of a causal LM to return `head_nll` when it is called with `targets`.
 
-    Returns: whether it can: the head must be a plain Linear. Call `is_plain` before relying on it.
+    Returns: whether it can: the head must be a plain Linear. Ask `traits.is_plain` before relying on it.
     """
     head = lm.get_output_embeddings()
     if type(head) is not nn.Linear:
@@ -25,31 +25,3 @@ def fuse_head(lm: nn.Module) -> bool:
 
     head.forward = forward
     return True
-
-
-@torch.no_grad()
-def is_plain(lm: nn.Module, decoder: nn.Module) -> bool:
-    """Whether the model's logits are its head's output on the decoder's states, and nothing else is done to either.
-
-    Some architectures scale states or logits, or cap them. What goes into the head is compared with what comes out of
-    the decoder, and for its output a value is put that no cap or scale leaves as it is. On ZeRO-3 all ranks call it.
-    """
-    head, device = lm.get_output_embeddings(), next(lm.parameters()).device
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    seen = []
-
-    def note(module: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        seen.append(arguments[0])
-        return torch.full_like(output, 1000.0)
-
-    training = lm.training
-    lm.eval()
-    hook = head.register_forward_hook(note)
-    try:
-        logits = lm(**inputs).logits
-        states = decoder(**inputs).last_hidden_state
-    finally:
-        hook.remove()
-        lm.train(training)
-    return len(seen) == 1 and torch.equal(seen[0], states) and bool((logits == 1000).all())

@@ -26,7 +26,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
-from mlalign import distributed, head
+from mlalign import distributed, head, traits
 from mlalign.config import Config, Lora, Model
 from mlalign.errors import UserError
 from mlalign.loss import token_nll
@@ -322,7 +322,8 @@ class AlignedModel(nn.Module):
         self._view = [truncated_decoder(lm, layer)]  # in a list, so that it is not registered as a submodule
         self._decoder = [decoder_parts(lm)[0]]
         self.flash = "flash" in (self._decoder[0].config._attn_implementation or "")  #: whether attention is
-        self.fused = False  #: whether the loss comes out of the LM head: see `fuse`
+        self.fused = False  #: whether the loss comes out of the LM head
+        self.masked = True  #: whether attention is told of padding
 
     def forward(
         self, task: dict[str, torch.Tensor] | None = None, bitext: list[dict[str, torch.Tensor]] | None = None
@@ -336,9 +337,12 @@ class AlignedModel(nn.Module):
             return self._task_nll(task)
         return self._pooled(bitext)
 
-    def fuse(self) -> None:
-        """Let the LM head compute the loss, where the model's logits are its output and no more. All ranks call it."""
-        self.fused = head.is_plain(self.lm, self._decoder[0]) and head.fuse_head(self.lm)
+    def ask(self) -> None:
+        """Find out what passes may leave out: logits of all tokens, and masks of padding. All ranks call it."""
+        self.fused = traits.is_plain(self.lm, self._decoder[0]) and head.fuse_head(self.lm)
+        # In fp32 on CUDA, sdpa has a fast kernel for grouped heads only with a mask, and only after copying them.
+        fast = not distributed.uses_cuda() or self.lm.dtype == torch.bfloat16
+        self.masked = not (fast and traits.is_causal(self._decoder[0]))
 
     def _task_nll(self, task: dict[str, torch.Tensor]) -> torch.Tensor:
         arguments = self._arguments(task)
@@ -358,7 +362,8 @@ class AlignedModel(nn.Module):
     def _arguments(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """What a decoder is called with; inputs: see `collate.collate_ids`."""
         if "slots" not in inputs:
-            return {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
+            names = ("input_ids", "attention_mask") if self.masked else ("input_ids",)
+            return {name: inputs[name] for name in names} | {"use_cache": False}
         arguments = {name: inputs[name] for name in ("input_ids", "position_ids")} | {"use_cache": False}
         if self.flash:  # or it would look for the rows' edges in every block, and wait for the GPU
             mask = inputs["attention_mask"]

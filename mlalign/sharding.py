@@ -81,7 +81,7 @@ def make_engine(model: AlignedModel, optimizer: torch.optim.Optimizer, deepspeed
         deepspeed_config = deepspeed_config | {"gradient_clipping": 0.0}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
     _forget_first_update(engine)
-    model.fuse()
+    model.ask()
     keep_a_trace_per_pass(engine)
     if plain:
         # Without ZeRO the engine clips but keeps no norm: do both between its reduction and the optimizer's step.

@@ -83,7 +83,7 @@ def test_the_loss_is_that_of_the_models_logits(monkeypatch, architecture):
         if label != IGNORED
     )
     gradients = torch.autograd.grad(wanted, list(lm.parameters()))
-    aligned.fuse()
+    aligned.ask()
     assert aligned.fused == (architecture not in {"gemma2", "cohere", "granite"})
     assert lm.training
     found = aligned(task=task)
@@ -95,7 +95,7 @@ def test_the_loss_is_that_of_the_models_logits(monkeypatch, architecture):
 def test_an_adapted_head_keeps_its_adapter():
     lm = model.add_lora(build("llama"), Lora(target_modules=["q_proj", "lm_head"], dropout=0.0))
     aligned = model.AlignedModel(lm, 2, "mean")
-    aligned.fuse()
+    aligned.ask()
     assert not aligned.fused
     torch.nn.init.normal_(lm.get_output_embeddings().lora_B["default"].weight)
     task = collate_task(ROWS, pad=0)

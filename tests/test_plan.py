@@ -114,10 +114,10 @@ def test_a_pass_allocates_what_a_real_one_does(settings, lora, checkpointing, at
     aligned = model.AlignedModel(model.add_lora(lm, config.lora) if lora else lm, 2, "mean").train()
     ids = torch.randint(3, 400, (6, 100))
     mask = torch.ones_like(ids)
-    mask[0, 50:] = 0  # without padding transformers makes no mask, and takes less
+    mask[0, 50:] = 0
     positions = torch.arange(6 * 100).view(6, 100)[:, :-1].flatten()
     task = {"input_ids": ids, "attention_mask": mask, "positions": positions, "targets": ids.flatten()[positions + 1]}
-    aligned.fuse()
+    aligned.ask()
     for parameter in aligned.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))

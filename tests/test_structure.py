@@ -20,6 +20,7 @@ LAYERS = [
         "schedule",
         "rows",
         "head",
+        "traits",
         "tasks.items",
         "tasks.json_extraction",
         "memory",

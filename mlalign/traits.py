@@ -1,0 +1,54 @@
+"""What a model is asked before it is relied on: by what it computes, for no name of an architecture tells.
+
+On ZeRO-3 all ranks ask.
+"""
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def is_causal(decoder: nn.Module) -> bool:
+    """Whether no token's state depends on later ones: then padding on the right needs no mask, for nothing sees it.
+
+    Two rows that begin alike are compared to the last bit. Without a mask attention takes half the work, and sdpa its
+    fast kernels on GPUs.
+    """
+    device = next(decoder.parameters()).device
+    begin, ends = [1, 2, 3, 4], [[5, 6, 7, 8], [9, 8, 7, 6]]
+    ids = torch.tensor([begin + end for end in ends], device=device)
+    training = decoder.training
+    decoder.eval()
+    try:
+        states = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, : len(begin)]
+    finally:
+        decoder.train(training)
+    return torch.equal(states[0], states[1])
+
+
+@torch.no_grad()
+def is_plain(lm: nn.Module, decoder: nn.Module) -> bool:
+    """Whether the model's logits are its head's output on the decoder's states, and nothing else is done to either.
+
+    Some architectures scale states or logits, or cap them. What goes into the head is compared with what comes out of
+    the decoder, and for its output a value is put that no cap or scale leaves as it is. On ZeRO-3 all ranks call it.
+    """
+    head, device = lm.get_output_embeddings(), next(lm.parameters()).device
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    seen = []
+
+    def note(module: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        seen.append(arguments[0])
+        return torch.full_like(output, 1000.0)
+
+    training = lm.training
+    lm.eval()
+    hook = head.register_forward_hook(note)
+    try:
+        logits = lm(**inputs).logits
+        states = decoder(**inputs).last_hidden_state
+    finally:
+        hook.remove()
+        lm.train(training)
+    return len(seen) == 1 and torch.equal(seen[0], states) and bool((logits == 1000).all())
