@@ -196,7 +196,7 @@ def to_main(value: torch.Tensor) -> Iterator[torch.Tensor]:
         return
     yield value
     for source in range(1, world_size()):
-        part = torch.empty_like(value)
+        part = torch.empty_like(value, memory_format=torch.contiguous_format)
         dist.recv(part, src=source)
         yield part
 
@@ -236,7 +236,8 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        own = torch.empty_like(grad[: len(grad) // world_size()])
+        # Not empty_like: of a transposed gradient it has the strides, which NCCL takes no notice of and gloo does.
+        own = grad.new_empty(len(grad) // world_size(), *grad.shape[1:])
         _reduce_scatter(own, grad.contiguous())
         return own
 

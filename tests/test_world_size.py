@@ -40,6 +40,40 @@ def relative_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tenso
     return float((difference / sum(weight.double().square().sum() for weight in wanted.values())).sqrt())
 
 
+def memory_of_collectives() -> list[tuple[str, list[bool]]]:
+    """On one rank of many: the collectives of an alignment loss, and whether each tensor's memory is in row order."""
+    from mlalign import distributed
+    from mlalign.config import Alignment
+    from mlalign.objectives import alignment_loss
+
+    found = []
+    usual = {name: getattr(distributed, name) for name in ("_gather_into", "_reduce_scatter")}
+
+    def noting(name: str):
+        def collective(*tensors: torch.Tensor) -> None:
+            found.append((name, [tensor.is_contiguous() for tensor in tensors]))
+            usual[name](*tensors)
+
+        return collective
+
+    try:
+        for name in usual:
+            setattr(distributed, name, noting(name))
+        embeddings = torch.randn(2, 5, 7, requires_grad=True)
+        alignment_loss(embeddings, torch.arange(15).view(5, 3), Alignment(train="x")).backward()
+    finally:
+        for name, collective in usual.items():
+            setattr(distributed, name, collective)
+    return found
+
+
+def test_collectives_get_memory_in_row_order(ranks):
+    """NCCL sends and writes memory as it lies, without a look at strides; gloo, on which the rest is tested, looks."""
+    found = ranks(2).run(memory_of_collectives)[0]
+    assert [name for name, _ in found] == ["_gather_into", "_gather_into", "_reduce_scatter"]
+    assert all(all(each) for _, each in found)
+
+
 @pytest.fixture(scope="module")
 def references() -> dict:
     return {}

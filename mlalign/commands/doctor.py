@@ -75,6 +75,7 @@ def _check_together(own: list[Finding], config: Config | None) -> list[Finding]:
     findings = list(reports[0].findings)
     new = _elsewhere(reports)
     new += [*_differing_versions(reports), *_shared_devices(reports), _shared_folder(config), _clocks(), _speed()]
+    new.append(_gather())
     if distributed.is_main():
         console.print(_table(reports))
         for finding in new:
@@ -181,6 +182,20 @@ def _speed() -> Finding:
         return Finding("problem", "all-reduce", "gives wrong sums: the network or its library is broken")
     text = f"{latency * 1e6:,.0f} µs, {bandwidth / 1e9:.1f} GB/s bus bandwidth at {_MESSAGE >> 20} MiB"
     return Finding("ok", "all-reduce", f"{text} ({dist.get_backend()})")
+
+
+def _gather() -> Finding:
+    """The alignment loss's gather and its gradient, as they come over this network: the tests know gloo's alone."""
+    ranks, rank, device = distributed.world_size(), distributed.rank(), distributed.device()
+    whole = torch.arange(24.0 * ranks, device=device).view(2, 3 * ranks, 4)  # sides, pairs, hidden
+    mine = slice(3 * rank, 3 * rank + 3)
+    own = whole[:, mine].clone().requires_grad_()
+    every = distributed.gather_rows_with_grad(own.transpose(0, 1)).transpose(0, 1)
+    (every * whole).sum().backward()
+    exact = torch.equal(every, whole) and torch.equal(own.grad, ranks * whole[:, mine])
+    if distributed.any_rank(not exact):
+        return Finding("problem", "gather", "gives wrong rows or gradients: the network or its library is broken")
+    return Finding("ok", "gather", "all ranks get the rows of all, and exact gradients of their own")
 
 
 def _time_all_reduce(values: torch.Tensor, repeats: int) -> float:
