@@ -126,6 +126,8 @@ def main(options: argparse.Namespace) -> None:
             "task": {"train": options.task or made[0], "batch_size": ROWS, "micro_batch_size": options.micro_batch},
             "alignment": {"train": options.bitext or made[1], "batch_size": ROWS, "micro_batch_size": ROWS},
             "optimizer": {"steps": options.rounds},
+            # In bf16 DeepSpeed without ZeRO waits for the GPU once for every tensor that is trained.
+            "deepspeed": "ds_configs/zero1.json" if uses_cuda() else None,
         }
         found = measure({name: values | changes for name, changes in VARIANTS.items()}, options.rounds)
         tokens = count_tokens(Config.model_validate(values), 1 + options.rounds)

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from mlalign import model
 from mlalign.config import Alignment, Config
@@ -56,8 +58,7 @@ def on_paper(config: Config, layer: int, dtype: torch.dtype) -> PaperModel:
     """The model that `train` would build, with adapters and truncated view. Raises UserError as `train` does.
 
     Flash attention is stood in for by sdpa: both keep queries, keys, values and the output for backward, and no matrix
-    of tokens x tokens; and it need not be installed here. Sdpa goes by a name that transformers makes no masks for: on
-    fake tensors it cannot see that none is needed.
+    of tokens x tokens; and it need not be installed here.
     """
     settings = model.load_model_config(config.model)
     attention = None if config.model.attention.startswith(("auto", "flash")) else config.model.attention
@@ -73,18 +74,28 @@ def on_paper(config: Config, layer: int, dtype: torch.dtype) -> PaperModel:
         raise UserError(f"model.path {config.model.path}: no model could be built: {error}") from error
     if lm.config._attn_implementation == "sdpa":
         AttentionInterface.register("sdpa_on_paper", sdpa_attention_forward)
+        AttentionMaskInterface.register("sdpa_on_paper", _mask_on_paper)
         lm.set_attn_implementation("sdpa_on_paper")
     if config.model.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     with torch.device("meta"):
         whole = model.add_lora(lm, config.lora) if config.lora else lm
     aligned = model.AlignedModel(whole, layer, config.alignment.pooling if config.alignment else "mean").train()
-    aligned.fused = fuse_head(whole)  # whether the model's logits are plain is not known here, and taken for granted,
-    aligned.masked = False  # as is that no token sees later ones
+    aligned.fused = fuse_head(whole)  # whether the model's logits are plain is not known here, and taken for granted
     fake = FakeTensorMode()
     with fake:
         _fake_parameters(aligned)
     return PaperModel(aligned, fake, config.model.path)
+
+
+def _mask_on_paper(
+    kv_length: int, allow_is_causal_skip: bool = True, local_size: int | None = None, **given: Any
+) -> torch.Tensor | None:
+    """sdpa's mask where padding needs none: transformers would look into a mask for padding, and fakes hold nothing."""
+    if allow_is_causal_skip and (local_size is None or kv_length < local_size):
+        return None
+    given |= {"kv_length": kv_length, "local_size": local_size, "attention_mask": None}
+    return sdpa_mask(allow_is_causal_skip=False, **given)
 
 
 def _fake_parameters(module: nn.Module) -> None:

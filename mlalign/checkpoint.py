@@ -277,11 +277,9 @@ def export(
     """
     lm = engine.module.lm
     adapter = isinstance(lm, PeftModel)
-    weights = _gathered(lm, trainable_only=adapter, touch=touch)
+    weights = _gathered(lm, trainable_only=adapter, dtype=torch.float32 if adapter else lm.dtype, touch=touch)
     target = _target(engine, run_dir)
     if distributed.is_main():
-        if not adapter:
-            weights = {name: weight.to(lm.dtype) for name, weight in weights.items()}
         aside, old = target.with_suffix(".partial"), target.with_suffix(".old")
         shutil.rmtree(aside, ignore_errors=True)
         with _said_in_one_sentence(aside), _touching_while_it_grows(aside, touch):
@@ -326,8 +324,13 @@ def _touching_while_it_grows(folder: Path, touch: Callable[[], None]) -> Iterato
         over.set()
 
 
-def _gathered(lm: nn.Module, trainable_only: bool, touch: Callable[[], None] = lambda: None) -> dict[str, torch.Tensor]:
-    """Whole fp32 weights on the CPU of rank 0 (empty elsewhere), one parameter at a time. Called by all ranks."""
+def _gathered(
+    lm: nn.Module,
+    trainable_only: bool,
+    dtype: torch.dtype = torch.float32,
+    touch: Callable[[], None] = lambda: None,
+) -> dict[str, torch.Tensor]:
+    """Whole weights on the CPU of rank 0 (empty elsewhere), one parameter at a time. Called by all ranks."""
     from deepspeed.runtime.zero import GatheredParameters
 
     weights = {}
@@ -340,7 +343,7 @@ def _gathered(lm: nn.Module, trainable_only: bool, touch: Callable[[], None] = l
             with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 whole = parameter.detach().clone() if distributed.is_main() else None
         if distributed.is_main():
-            weights[name] = whole.float().cpu()
+            weights[name] = whole.to(dtype).cpu()
     if distributed.is_main() and not trainable_only:
         persistent = lm.state_dict().keys()
         weights |= {name: buffer.cpu() for name, buffer in lm.named_buffers() if name in persistent}

@@ -11,8 +11,8 @@ DeepSpeed's accumulation boundary set by hand, ZeRO-1 and 2 with an offloaded op
 backward did not reach.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -39,13 +39,26 @@ class BitextChunk(NamedTuple):
     keys: torch.Tensor  #: [pairs, 3], see `collate.pair_keys`
 
 
-def one_reduction(engine) -> AbstractContextManager:
+@contextmanager
+def one_reduction(engine) -> Iterator[None]:
     """Around all backward passes of a step: gradients are averaged over the ranks at its end, once.
 
     ZeRO-0 and 1 do so by themselves, in `engine.step()`. ZeRO-2 and 3 average after each backward, to keep a shard of
     what would not fit whole: they still do in full fine-tuning. Gradients of adapters are small, and wait.
     """
-    return engine.coalesce_grad_reduction() if engine.managed_gradient_accumulation() else nullcontext()
+    if not engine.managed_gradient_accumulation():
+        yield
+        return
+    waiting = engine.coalesce_grad_reduction()
+    waiting.__enter__()
+    try:
+        yield
+    except BaseException:
+        # DeepSpeed would average here too, and wait for ranks that did not fail, and what failed were never said. Kept,
+        # or it would do so when Python forgets it.
+        engine.unfinished = waiting
+        raise
+    waiting.__exit__(None, None, None)
 
 
 def task_backward(

@@ -156,6 +156,39 @@ def gradients_in_chunks_and_in_one_graph(values: dict, zero: dict) -> tuple[floa
     return float((difference / sum(wanted[n].square().sum() for n in names)).sqrt()), same
 
 
+def reductions_of_a_failed_step(values: dict, zero: dict) -> list[int]:
+    """How often gradients were averaged when a step failed after its backward pass, there and once all is forgotten."""
+    import gc
+
+    from mlalign import model, sharding
+    from mlalign.collate import collate_task
+    from mlalign.commands import train
+    from mlalign.dataset import load_dataset
+
+    config = Config.model_validate(values)
+    (row,) = load_dataset(config, model.load_tokenizer(config.model)).orders["task"].take(1)
+    engine = train._make_engine(config, sharding.engine_config(config, zero), layer=2)
+    made, found = [], []
+    for name in ("_flush_coalesced_reduction_zero12", "_flush_coalesced_reduction_zero3"):
+        setattr(engine, name, made.append)
+    for failure in (None, MemoryError):
+        try:
+            with objectives.one_reduction(engine):
+                objectives.task_backward(engine, [collate_task([row], 0)], row.learned, 1.0)
+                if failure:
+                    raise failure
+        except MemoryError:
+            gc.collect()
+        found.append(len(made))
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_that_fails_in_a_step_does_not_wait_for_the_others(ranks, settings, stage):
+    assert ranks(2).run(reductions_of_a_failed_step, settings, {"zero_optimization": {"stage": stage}}) == [[1, 1]] * 2
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_chunked_alignment_equals_one_graph_with_lora_dropout(ranks, settings, stage):
     """The same encodings with dropout 0.1, backpropagated at once, give the gradient that the chunks add up to."""

@@ -8,10 +8,10 @@ from mlalign import traits
 from mlalign.model import AlignedModel
 
 
-def both_ways():
-    """A Llama whose tokens see all others."""
+def both_ways(attention: str):
+    """A Llama whose tokens see all others; with sdpa, only where there is a mask: else that goes by a block's flag."""
     lm = build("llama")
-    lm.config._attn_implementation = "eager"  # sdpa would go by the blocks' own flag
+    lm.config._attn_implementation = attention
     lm.config.is_causal = False
     return lm
 
@@ -28,8 +28,9 @@ def test_padding_on_the_right_needs_no_mask(architecture):
     torch.testing.assert_close(aligned(bitext=bitext), wanted)
 
 
-def test_a_model_that_sees_later_tokens_is_told_of_padding():
-    aligned = AlignedModel(both_ways(), 2, "mean")
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_model_that_sees_later_tokens_is_told_of_padding(attention):
+    aligned = AlignedModel(both_ways(attention), 2, "mean")
     aligned.ask()
     assert aligned.masked
-    assert not traits.is_causal(both_ways().get_decoder())
+    assert not traits.is_causal(both_ways(attention).get_decoder())

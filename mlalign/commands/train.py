@@ -252,7 +252,9 @@ def _task_batch(engine, config: Config, batch: Batch, meter: Meter) -> None:
 
 def _alignment_batch(engine, config: Config, batch: Batch, meter: Meter) -> None:
     chunks = [
-        BitextChunk([to_device(inputs, engine.device) for inputs in passes], keys.to(engine.device))
+        BitextChunk(
+            [to_device(inputs, engine.device) for inputs in passes], to_device({"keys": keys}, engine.device)["keys"]
+        )
         for passes, keys in batch.micro_batches
     ]
     loss = align_backward(engine, chunks, config.alignment, batch.weight)
