@@ -125,18 +125,18 @@ def compare_times(flores: Path, folder: Path) -> None:
     parallel = read_parallel(str(data), None, SENTENCES, None)
     encoder = Encoder(model, None, tuple(range(17)), ("mean",), True, "fp32")
     files = state_files(encoder, parallel, folder / "states")
-    encode(encoder, parallel, files, 32, None)  # a first pass, so that neither way pays for the start
+    encode(encoder, parallel, files, 32, None, lambda: None)  # a first pass, so that neither way pays for the start
     [path.unlink() for path in files.values()]
-    ours, _ = timed(encode, encoder, parallel, files, 32, None)
+    ours, _ = timed(encode, encoder, parallel, files, 32, None, lambda: None)
     pairs, _ = timed(encode_pair_by_pair, model, parallel.texts)
-    again, _ = timed(encode, encoder, parallel, files, 32, None)
+    again, _ = timed(encode, encoder, parallel, files, 32, None, lambda: None)
     table.add_row("encoding", f"mlalign: {LANGUAGES * SENTENCES:,} sentences", f"{ours:.2f}", "1")
     table.add_row("", "pair by pair", f"{pairs:.2f}", f"{pairs / ours:.0f}")
     table.add_row("", "mlalign, resumed", f"{again:.3f}", f"{again / ours:.4f}", end_section=True)
 
     parallel = read_parallel(str(data), None, SCORED, None)
     files = state_files(encoder, parallel, folder / "states")
-    encode(encoder, parallel, files, 32, None)
+    encode(encoder, parallel, files, 32, None, lambda: None)
     states = torch.stack([load_layer(path, 0, 8) for path in files.values()])
     ids = torch.arange(SCORED).expand(LANGUAGES, -1)
     retrieval.retrieval(states, ids)

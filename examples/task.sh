@@ -28,7 +28,8 @@ fi
 
 dev= dev_flags=() # rows of languages that have labels, and of no other: so nothing is tuned on a new language
 for file in "$out"/data/task/train.*.jsonl; do
-    [ ! -e "${file/train./dev.}" ] || { dev+=${dev:+,}${file/train./dev.} && dev_flags+=(--dev "${file/train./dev.}"); }
+    held_out=${file%/*}/dev.${file##*/train.}
+    [ ! -e "$held_out" ] || { dev+=${dev:+,}$held_out && dev_flags+=(--dev "$held_out"); }
 done
 train() {
     "$here/launch/deepspeed.sh" "$here/mlalign/recipes/$task.yaml" "model.path=$model" "run_dir=$out/$1" \

@@ -14,11 +14,13 @@ from mlalign.errors import NotMetError, StoppedError, UserError
 from mlalign.launchers import rank_of
 
 _GPU_DRIVERS = ("/proc/driver/nvidia/version", "/dev/dxg", "/dev/kfd")  # Linux, Windows's Linux, AMD
+_ASKED_FOR = "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else "cuda"  # before `main` sets it for want of a GPU
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, see mlalign/recipes.")]
 Precision = Literal["auto", "bf16", "fp32"]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with MODEL.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as optimizer.lr=1e-4.")]
 
 
@@ -79,7 +81,8 @@ def evaluate(
     precision: Annotated[Precision, typer.Option(help="auto = bf16 on CUDA, else fp32.")] = "auto",
     beams: Annotated[int, typer.Option(min=1, help="1 = greedy.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of one batch on one rank.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer; the rest is cut off.")] = 128,
+    trust_remote_code: TrustRemoteCode = False,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Rows per language; all by default.")] = None,
     comet: Annotated[str | None, typer.Option(help="Such as Unbabel/wmt22-comet-da; needs comet-score.")] = None,
     supervised: Annotated[str | None, typer.Option(help="Languages with labels; default: as trained.")] = None,
@@ -101,6 +104,7 @@ def evaluate(
         beams=beams,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        trust_remote_code=trust_remote_code,
         max_rows=max_rows,
         comet=comet,
         supervised=_codes(supervised),
@@ -154,6 +158,7 @@ def probe(
     pooling: Annotated[str, typer.Option(help="mean, last, or mean,last for both in the same pass.")] = "mean",
     pool_bos: Annotated[bool, typer.Option(help="Whether the mean counts BOS, as in the paper's code.")] = True,
     precision: Annotated[Precision, typer.Option(help="auto = bf16 on CUDA, else fp32.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Sentences of one forward pass on one rank.")] = 32,
     split: Annotated[str | None, typer.Option(help="Of a hub dataset.")] = None,
     deepspeed: Annotated[
@@ -180,6 +185,7 @@ def probe(
         pooling=tuple(pooling.split(",")),
         pool_bos=pool_bos,
         precision=precision,
+        trust_remote_code=trust_remote_code,
         batch_size=batch_size,
         split=split,
         deepspeed=deepspeed,
@@ -217,6 +223,7 @@ def merge(
     max_rows: Annotated[int | None, typer.Option(min=1, help="auto: dev rows per language; all.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="auto: as in evaluate.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="auto: as in evaluate.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Merge a task adapter and an alignment adapter, trained apart, into one."""
     from mlalign.commands.merge import Settings, merge
@@ -238,6 +245,7 @@ def merge(
         max_rows=max_rows,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        trust_remote_code=trust_remote_code,
     )
     merge(settings)
 
@@ -296,7 +304,8 @@ def plan(
         int | None, typer.Option(min=1, help="GPUs of the run; by default what a launcher started.")
     ] = None,
     device: Annotated[
-        Literal["cuda", "cpu"] | None, typer.Option(help="cuda, unless DS_ACCELERATOR=cpu; no GPU is needed here.")
+        Literal["cuda", "cpu"] | None,
+        typer.Option(help="cuda, unless DS_ACCELERATOR=cpu, and no GPU is needed here; what is here with --measure."),
     ] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="For the #SBATCH lines.")] = 4,
     memory_per_gpu: Annotated[float | None, typer.Option(min=0.001, help="GiB; asks for advice on ZeRO.")] = None,
@@ -315,7 +324,7 @@ def plan(
     settings = Settings(
         config=" ".join([config, *(overrides or [])]),
         ranks=ranks,
-        device=device,
+        device=device or (None if measure else _ASKED_FOR),
         gpus_per_node=gpus_per_node,
         memory_per_gpu=memory_per_gpu,
         tokens_per_second=tokens_per_second,
@@ -352,7 +361,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch")  # of theirs to each other
     try:
         app(standalone_mode=True)
-    except SystemExit as leaving:  # the way out of every verb that succeeded
+    except SystemExit as leaving:  # the way out of every verb that succeeded, or was called with unknown options
+        if leaving.code == 2:
+            jobs.say_error(rank_of(), "the command line was refused")
         if "RANK" not in os.environ:
             raise
         _leave(leaving.code or 0)
@@ -374,6 +385,14 @@ def main() -> None:
         _leave(2, f"error: rank {rank}: {error}" if rank > 0 else f"error: {error}")
     except OSError as error:  # a full disk, a permission, a directory that went away
         _leave(2, f"error: rank {rank_of()}: {error}")
+    except (RuntimeError, MemoryError) as error:
+        from mlalign.guards import is_of_memory
+
+        if not is_of_memory(error):
+            raise
+        sentence = "memory is used up: try a smaller --batch-size, or fewer tokens, layers or sentences at a time"
+        jobs.say_error(rank_of(), sentence)
+        _leave(2, f"error: rank {rank_of()}: {sentence}")
 
 
 def _leave(code: int, sentence: str = "") -> None:

@@ -3,7 +3,6 @@
 Each check gives findings: `ok`, `note` (training starts, but not as it could), or `problem` (training cannot start).
 """
 
-import glob
 import json
 import locale
 import os
@@ -22,9 +21,9 @@ from packaging.requirements import Requirement
 from transformers.utils import is_flash_attn_2_available
 
 from mlalign import distributed, kernels, launchers, model
-from mlalign.config import Config
+from mlalign.config import Config, Source
 from mlalign.errors import UserError
-from mlalign.rows import is_local
+from mlalign.rows import is_local, local_files, read_rows
 from mlalign.zero import offloads_optimizer, read_deepspeed
 
 GIB = 2**30
@@ -43,7 +42,7 @@ class Finding:
 
 def check_here(config: Config | None) -> list[Finding]:
     """All findings on this host, in the order of the report."""
-    parts = [_packages(), _devices(), _attention(), _kernels(config), _threads(), _shared_memory(), _locale()]
+    parts = [_packages(), _devices(), _attention(config), _kernels(config), _threads(), _shared_memory(), _locale()]
     parts += [_disk(config), _hub(), _slurm(), _mpi()]
     if config is not None:
         parts.append(_inputs(config))
@@ -77,9 +76,11 @@ def _packages() -> Iterator[Finding]:
             "note", "packages", "mlalign is not installed here, so versions are not checked: pip install -e ."
         )
         return
-    wrong = [one for one in requirements() if not one.specifier.contains(found[one.name], prereleases=True)]
-    for one in wrong:
-        level = "problem" if found[one.name] == "missing" else "note"
+    for one in requirements():
+        missing = found[one.name] == "missing"
+        if not missing and one.specifier.contains(found[one.name], prereleases=True):
+            continue
+        level = "problem" if missing else "note"
         yield Finding(
             level, "packages", f"{one.name} is {found[one.name]}, tested is {one.specifier}: pip install '{one}'"
         )
@@ -106,8 +107,12 @@ def _devices() -> Iterator[Finding]:
         yield Finding("ok", "GPUs", "none: CPU, gloo and fp32")
 
 
-def _attention() -> Iterator[Finding]:
-    if is_flash_attn_2_available():
+def _attention(config: Config | None) -> Iterator[Finding]:
+    if config and config.model.attention == "flash_attention_2" and not is_flash_attn_2_available():
+        yield Finding(
+            "problem", "attention", "model.attention is flash_attention_2, for which flash-attn or a GPU is missing"
+        )
+    elif is_flash_attn_2_available():
         yield Finding("ok", "attention", f"flash-attn {metadata.version('flash-attn')}")
     elif distributed.uses_cuda():
         yield Finding(
@@ -217,18 +222,36 @@ def _mpi() -> Iterator[Finding]:
 
 def _inputs(config: Config) -> Iterator[Finding]:
     yield _judged("config", "batches fit the ranks", lambda: config.check_ranks(launchers.started_together()))
+    if config.model.compile:
+        zero = read_deepspeed(config.deepspeed)
+        yield _judged("config", "there is a compiler for model.compile", lambda: model.check_compile(zero))
     yield _judged(
         "model", f"{config.model.path}: config, tokenizer and weights are there", lambda: _check_model(config)
     )
     for section in filter(None, (config.task, config.alignment)):
-        for source in (*section.train, *section.dev):
-            files = len(glob.glob(source.path, recursive=True))
-            if files:
-                yield Finding("ok", "data", f"{source.path}: {files} file{'s' * (files > 1)}")
-            elif is_local(source.path):
-                yield Finding("problem", "data", f"{source.path} is not there: check the path")
-            else:
-                yield Finding("ok", "data", f"{source.path}: from the hub, `mlalign inspect` fetches it")
+        for source in section.train:
+            yield _data(source, section.streaming)
+        for source in section.dev:
+            yield _data(source, streaming=False)
+
+
+def _data(source: Source, streaming: bool) -> Finding:
+    from huggingface_hub import constants
+
+    if is_local(source.path):
+        try:
+            files = len(local_files(source))
+        except UserError as error:
+            return Finding("problem", "data", f"{error}: check the path")
+        return Finding("ok", "data", f"{source.path}: {files} file{'s' * (files > 1)}")
+    if not constants.HF_HUB_OFFLINE:
+        kept = "read as it is needed" if streaming else "`mlalign inspect` fetches it"
+        return Finding("ok", "data", f"{source.path}: from the hub, {kept}")
+    try:
+        next(read_rows(source, streaming), None)
+    except UserError as error:
+        return Finding("problem", "data", f"{error}: run `mlalign inspect` where there is internet")
+    return Finding("ok", "data", f"{source.path}: fetched from the hub")
 
 
 def _judged(subject: str, good: str, check: Callable[[], None]) -> Finding:
@@ -265,7 +288,10 @@ def _check_weights(path: str) -> None:
     index = find("model.safetensors.index.json")
     if index is None:
         raise UserError(f"model.path {path} has no weights (model.safetensors, or an index of shards): {fetch}")
-    shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    try:
+        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"model.path {path}: {Path(index).name} is damaged: {fetch}") from error
     missing = [shard for shard in shards if find(shard) is None]
     if missing:
         raise UserError(

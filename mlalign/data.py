@@ -23,7 +23,7 @@ from mlalign.errors import UserError
 from mlalign.examples import Counts, Pair, TaskExample
 from mlalign.hostile import checked_name
 from mlalign.loss import IGNORED
-from mlalign.rows import Row, read_rows
+from mlalign.rows import Row, is_local, read_rows
 
 UNKNOWN = "?"  #: the language of a task row that does not say it
 TASK_FIELDS = ("messages", "prompt", "completion", "lang", "id")
@@ -46,7 +46,7 @@ class _Rendered(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- tokenising
 
 
-def _rows(sources: list[Source], fields: tuple[str, ...]) -> Iterator[tuple[Row, str, Source]]:
+def _rows(sources: list[Source], fields: tuple[str, ...], streaming: bool) -> Iterator[tuple[Row, str, Source]]:
     """All rows of `sources`, read and renamed, lazily and in order, with file:line for error messages.
 
     Raises UserError where a source holds no rows or a column map names a field we do not have.
@@ -56,7 +56,7 @@ def _rows(sources: list[Source], fields: tuple[str, ...]) -> Iterator[tuple[Row,
         if unknown:
             raise UserError(f"columns of {source.path}: {unknown[0]!r} is none of {', '.join(fields)}")
         empty = True
-        for where, row in read_rows(source):
+        for where, row in read_rows(source, streaming):
             empty = False
             yield _renamed(row, source.columns, where), where, source
         if empty:
@@ -69,13 +69,19 @@ def _renamed(row: Row, columns: dict[str, str], where: str) -> Row:
         raise UserError(f"{where}: no column {missing[0]!r}, found {', '.join(map(repr, row))}")
     if not {"prompt", "completion"}.isdisjoint(columns) and "messages" not in columns:
         row = {name: value for name, value in row.items() if name != "messages"}  # the mapped fields are meant
+    if not {"src", "tgt"}.isdisjoint(columns) and "translation" not in columns:
+        row = {name: value for name, value in row.items() if name != "translation"}
     return row | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
 def load_task(
-    sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_length: int, counts: Counts
+    sources: list[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    counts: Counts,
+    streaming: bool = False,
 ) -> Iterator[TaskExample]:
-    """Task rows, lazily and in order; `counts` is filled as they are taken."""
+    """Task rows, lazily and in order; `counts` is filled as they are taken. `streaming`: see `rows.read_rows`."""
     special, bos = _special_ids(tokenizer), _leading_bos(tokenizer)
 
     def render(row: Row, where: str, source: Source) -> _Rendered:
@@ -84,7 +90,7 @@ def load_task(
         language = checked_name(str(language), where)
         return _Rendered(text, [edge for span in spans for edge in span], masked, language)
 
-    rendered = (render(*each) for each in _rows(sources, TASK_FIELDS))
+    rendered = (render(*each) for each in _rows(sources, TASK_FIELDS, streaming))
     for row, encode in _encoded(rendered, lambda row: [row.text, *(row.text[:edge] for edge in row.edges)], tokenizer):
         ids, labels = _ids_and_labels(row, encode, bos, tokenizer, special)
         counts.masked_turns += row.masked
@@ -100,22 +106,36 @@ def load_task(
 
 
 def load_bitext(
-    sources: list[Source], tokenizer: PreTrainedTokenizerBase, max_length: int, counts: Counts
+    sources: list[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    counts: Counts,
+    streaming: bool = False,
 ) -> Iterator[Pair]:
-    """Bitext rows, lazily and in order; `counts` is filled as they are taken."""
+    """Bitext rows, lazily and in order; `counts` is filled as they are taken. `streaming`: see `rows.read_rows`."""
     bos = _leading_bos(tokenizer)
-    rows = ((*bitext_fields(row, where), row.get("id")) for row, where, _ in _rows(sources, BITEXT_FIELDS))
+    rows = (
+        (*bitext_fields(row, where), _id(row, source))
+        for row, where, source in _rows(sources, BITEXT_FIELDS, streaming)
+    )
     for (src, tgt, languages, row_id), encode in _encoded(rows, lambda row: row[:2], tokenizer):
         if not src.strip() or not tgt.strip():
             counts.drop("an empty side")
             continue
         sides = [_with_bos(encode(text), bos) for text in (src, tgt)]
         truncated = any(len(side) > max_length for side in sides)
-        named = row_id is not None and str(row_id).strip()  # an empty cell is no id that rows share
-        keys = (text_hash(src), text_hash(tgt), text_hash(str(row_id)) if named else 0)
+        keys = (text_hash(src), text_hash(tgt), text_hash(row_id) if row_id else 0)
         pair = Pair(sides[0][:max_length], sides[1][:max_length], languages, keys)
         counts.keep(pair, truncated)
         yield pair
+
+
+def _id(row: Row, source: Source) -> str:
+    """What rows share that say the same; empty where a row does not tell. Datasets of the hub number their own rows."""
+    row_id = "" if row.get("id") is None else str(row["id"])
+    if not row_id.strip():
+        return ""
+    return row_id if is_local(source.path) else f"{source.path} {source.subset} {row_id}"
 
 
 def _encoded(
@@ -274,7 +294,8 @@ def _render_messages(
     for i in answers:
         before, end = render(messages[:i]), render(messages[: i + 1]) if i + 1 < len(messages) else text
         start = _common_prefix(render(messages[:i], add_generation_prompt=True), end)
-        if text.startswith(end) and len(before) <= start < len(end):
+        # At the very beginning nothing tells what the template puts there by itself from the answer.
+        if i > 0 and text.startswith(end) and len(before) <= start < len(end):
             spans.append((start, len(end)))
     if not spans:
         raise UserError(f"{where}: `messages` has no assistant turn to learn")

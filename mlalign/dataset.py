@@ -9,6 +9,7 @@ from mlalign.config import Alignment, Config, Task
 from mlalign.data import UNKNOWN, load_bitext, load_task
 from mlalign.errors import UserError
 from mlalign.examples import Counts, Pair, PairRows, TaskExample, TaskRows
+from mlalign.rows import is_local, matching
 from mlalign.sampler import GlobalOrder, in_memory, streamed
 from mlalign.token_cache import tokenised, tokenizer_key
 
@@ -47,6 +48,7 @@ def load_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
     Raises UserError, naming file and line, for whatever is wrong with them.
     """
+    _refuse_dev_in_train(config)
     dataset, cached_as = Dataset(), tokenizer_key(tokenizer)
     if config.alignment:
         _add_order(dataset, "alignment", config.alignment, tokenizer, cached_as, config.seed)
@@ -55,6 +57,20 @@ def load_dataset(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         _add_order(dataset, "task", config.task, tokenizer, cached_as, config.seed)
         dataset.task_dev = _add_rows(dataset, "task", "dev", config.task, tokenizer, cached_as)
     return dataset
+
+
+def _refuse_dev_in_train(config: Config) -> None:
+    """Raise UserError for a file of dev that training reads too: early stopping would follow what was learned."""
+    for name, section in (("task", config.task), ("alignment", config.alignment)):
+        if section is None:
+            continue
+        dev = {file for source in section.dev if is_local(source.path) for file in matching(source.path)}
+        for source in section.train:
+            shared = sorted(dev & set(matching(source.path))) if is_local(source.path) else []
+            if shared:
+                raise UserError(
+                    f"{name}.train {source.path} holds {shared[0]}, which {name}.dev names: name train alone"
+                )
 
 
 def _add_order(
@@ -66,7 +82,7 @@ def _add_order(
         load = _LOADERS[name]
 
         def read() -> Iterator:
-            return load(section.train, tokenizer, section.max_length, counts)
+            return load(section.train, tokenizer, section.max_length, counts, streaming=True)
 
         epoch = streamed(read, section.batch_size, seed, lambda: dataset.tick())
         dataset.orders[name] = GlobalOrder(epoch)

@@ -37,6 +37,12 @@ class Decoding:
     beams: int = 1  #: 1 = greedy
     batch_size: int = 32  #: prompts of one batch on one rank
     max_new_tokens: int = 128
+    trust_remote_code: bool = False
+
+    @property
+    def source(self) -> Model:
+        """What is to be loaded."""
+        return Model(path=self.model, precision=self.precision, trust_remote_code=self.trust_remote_code)
 
 
 def open_backend(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> Generate:
@@ -67,7 +73,7 @@ def _answer(tokens: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBa
 
 
 def _open_hf(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> Generate:
-    lm = load_for_inference(Model(path=decoding.model, precision=decoding.precision), decoding.adapter)
+    lm = load_for_inference(decoding.source, decoding.adapter)
     base = lm.get_base_model() if isinstance(lm, PeftModel) else lm
     ends = end_ids(tokenizer, base.generation_config.eos_token_id)
     pad = pad_id(tokenizer, vocabulary(base))
@@ -124,6 +130,7 @@ def _open_vllm(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> Genera
         tensor_parallel_size=max(torch.cuda.device_count(), 1),
         enable_lora=decoding.adapter is not None,
         max_lora_rank=512 if decoding.adapter else 16,
+        trust_remote_code=decoding.trust_remote_code,
     )
     ends = end_ids(tokenizer, None)
     how = SamplingParams(temperature=0.0, max_tokens=decoding.max_new_tokens, stop_token_ids=ends)

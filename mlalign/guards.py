@@ -119,7 +119,7 @@ def memory_said(config: Config, place: Callable[[], tuple[str, int]]) -> Iterato
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_of_memory(error):
+        if not is_of_memory(error):
             raise
         phase, step = place()
         raise UserError(
@@ -128,7 +128,8 @@ def memory_said(config: Config, place: Callable[[], tuple[str, int]]) -> Iterato
         ) from error
 
 
-def _is_of_memory(error: Exception) -> bool:
+def is_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory is used up, of a GPU or of the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return "out of memory" in str(error).lower() or "can't allocate memory" in str(error)

@@ -89,6 +89,8 @@ def load_lm(settings: Model, deepspeed_config: dict[str, Any] | None = None) -> 
     Args: deepspeed_config: the engine's config while training, None elsewhere.
     """
     disable_progress_bar()
+    if distributed.uses_cuda():
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new shape of a batch, most are new
     dtype = precision_dtype(settings.precision)
     attention = attention_name(settings.attention, dtype)
     with _sharded_loading(deepspeed_config):
@@ -128,17 +130,22 @@ def _sharded_loading(deepspeed_config: dict[str, Any] | None) -> Iterator[None]:
         del keeper
 
 
-def compile_blocks(lm: nn.Module) -> None:
-    """Have torch compile the blocks when they first run: once for all of them, and for all shapes.
-
-    Raises UserError where there is nothing to compile with.
-    """
+def check_compile(zero: dict[str, Any]) -> None:
+    """Raise UserError where `model.compile` cannot be: under ZeRO-3, or with nothing to compile with."""
+    if zero["zero_optimization"]["stage"] == 3:
+        raise UserError(
+            "model.compile needs ZeRO stage 0, 1 or 2: ZeRO-3 gathers parameters inside of what is compiled"
+        )
     if distributed.uses_cuda():
         missing = None if has_triton() else "triton"
     else:
         missing = None if shutil.which(get_cxx_compiler()) else get_cxx_compiler()
     if missing:
         raise UserError(f"model.compile needs {missing}, which is not there: install it, or set it to false")
+
+
+def compile_blocks(lm: nn.Module) -> None:
+    """Have torch compile the blocks when they first run: once for all of them, and for all shapes."""
     # Passes of several kinds (with gradient and without, padded and packed, of either mode) are versions of one code.
     torch._dynamo.config.recompile_limit = 64
     # torch's random numbers, not inductor's: a compiled run drops out what a plain one does, in every kind of pass.
@@ -196,7 +203,7 @@ def adapter_folder(path: str) -> str:
 def _with_adapter(lm: PreTrainedModel, adapter: str, model: str) -> PeftModel:
     try:
         trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-        safe = _has_file(adapter, "adapter_model.safetensors")
+        safe = adapter_file(adapter, "adapter_model.safetensors")
         saved = load_peft_weights(adapter, device="cpu") if safe else {}
     except Exception as error:  # of peft, safetensors, json
         raise UserError(f"adapter {adapter} cannot be loaded: {_first_line(error)}") from error
@@ -222,16 +229,16 @@ def _with_adapter(lm: PreTrainedModel, adapter: str, model: str) -> PeftModel:
     return lm
 
 
-def _has_file(path: str, name: str) -> bool:
-    """Whether a directory, or a repository of the hub, has a file."""
-    if Path(path).is_dir():
-        return (Path(path) / name).is_file()
+def adapter_file(adapter: str, name: str) -> Path | None:
+    """A file of an adapter, in its directory or fetched from the hub; None where it has no such file."""
+    if Path(adapter).is_dir():
+        return Path(adapter) / name if (Path(adapter) / name).is_file() else None
     try:
-        return bool(hf_hub_download(path, name))
+        return Path(hf_hub_download(adapter, name))
     except LocalEntryNotFoundError:  # one of the following too, and only says that this host is offline
         raise
     except EntryNotFoundError:
-        return False
+        return None
 
 
 def _changes_tied_weight(lm: PeftModel) -> bool:
@@ -342,7 +349,7 @@ class AlignedModel(nn.Module):
         self.fused = traits.is_plain(self.lm, self._decoder[0]) and head.fuse_head(self.lm)
         # In fp32 on CUDA, sdpa has a fast kernel for grouped heads only with a mask, and only after copying them.
         fast = not distributed.uses_cuda() or self.lm.dtype == torch.bfloat16
-        self.masked = not (fast and traits.is_causal(self._decoder[0]))
+        self.masked = not distributed.broadcast_object(fast and traits.is_causal(self._decoder[0]))
 
     def _task_nll(self, task: dict[str, torch.Tensor]) -> torch.Tensor:
         arguments = self._arguments(task)
@@ -402,6 +409,8 @@ def _by_row(states: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tens
 
 
 def _first_line(error: Exception) -> str:
+    if "contains custom code" in str(error):
+        return "it brings Python code of its own: look at it, then set trust_remote_code"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 

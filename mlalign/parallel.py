@@ -15,7 +15,7 @@ from mlalign.config import Source
 from mlalign.data import bitext_fields
 from mlalign.errors import UserError
 from mlalign.hostile import checked_name
-from mlalign.rows import Row, is_local, read_rows
+from mlalign.rows import REPORT, Row, is_local, matching, read_rows
 
 MIN_SENTENCES = 5  #: a margin looks at four neighbours beside the sentence itself
 MAX_SENTENCES = 20_000  #: every sentence is compared with every other: 1.6 GB at once
@@ -89,10 +89,12 @@ def read_parallel(data: str, languages: list[str] | None, max_sentences: int | N
 def _files(data: str) -> list[Path]:
     folder = Path(data)
     if not folder.is_dir():
-        files = sorted(Path(path) for path in glob.glob(data, recursive=True) if Path(path).is_file())
+        files = [Path(path) for path in matching(data) if Path(path).is_file()]
         if not files:
             raise UserError(f"{data} {'matches no file' if glob.has_magic(data) else 'does not exist'}")
         return files
+    if (folder / REPORT).exists():
+        raise UserError(f"{data} is what `mlalign prepare` wrote: name files of it, such as {data}/dev.*.jsonl")
     files = _of(sorted(folder.iterdir()), _PLAIN + _ROWS)
     if not files:
         inside = sorted(path.name for path in folder.iterdir() if path.is_dir())

@@ -55,7 +55,7 @@ def build(
             name: {"languages": languages, **_of_group(mean([by_language[each] for each in languages]))}
             for name, languages in members.items()
         },
-        "how": {language: task.describe(language) for language in by_language},
+        "how": {each: task.describe(each, predictions[each].golds) for each in by_language},
         **training,
         "bootstrap": {"samples": SAMPLES, "seed": seed},
     }

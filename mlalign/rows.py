@@ -1,5 +1,6 @@
 """Reading: files, globs and hub datasets as a lazy stream of rows, each with its place for error messages."""
 
+import codecs
 import csv
 import glob
 import json
@@ -14,16 +15,19 @@ from mlalign.errors import UserError
 
 Row = dict[str, Any]
 
+REPORT = "prepare.json"  #: what `mlalign prepare` leaves beside the rows, and is none
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 
-def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
+def read_rows(source: Source, streaming: bool = True) -> Iterator[tuple[str, Row]]:
     """Yield (where, row) lazily, where = "file:line" for error messages. Nothing is checked but that rows are objects.
 
+    Args: streaming: of a hub dataset, whether rows are fetched as they are needed. If not, all are fetched first and
+    kept in the hub's cache, where a host without internet finds them.
     Raises UserError for a missing file, broken JSON, or a hub dataset that cannot be had.
     """
     if not is_local(source.path):
-        yield from _read_with_datasets(source.path, source.subset, split=source.split)
+        yield from _read_with_datasets(source.path, source.subset, split=source.split, streaming=streaming)
         return
     for path in local_files(source):
         suffix = Path(path).suffix
@@ -32,7 +36,7 @@ def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
         elif suffix == ".csv":
             yield from _read_csv(path)
         elif suffix == ".parquet":
-            yield from _read_with_datasets("parquet", data_files=path, split="train")
+            yield from _read_with_datasets("parquet", data_files=path, split="train", streaming=True)
         else:
             raise UserError(f"{path} must end in {', '.join(_SUFFIXES)}")
 
@@ -41,14 +45,20 @@ def local_files(source: Source) -> list[str]:
     """The files of a local source, in the order in which they are read. Raises UserError for one that is missing."""
     if source.subset or source.split != "train":
         raise UserError(f"{source.path} is local: `subset` and `split` are for hub datasets, name the file instead")
-    named = os.path.isfile(source.path) or not glob.has_magic(source.path)  # a name may hold brackets
-    paths = [source.path] if named else sorted(glob.glob(source.path, recursive=True))
+    paths = matching(source.path) if glob.has_magic(source.path) else [source.path]
     if not paths:
         raise UserError(f"{source.path} matches no file")
     for path in paths:
         if not os.path.isfile(path):
             raise UserError(f"{path} does not exist or is no file")
     return paths
+
+
+def matching(path: str) -> list[str]:
+    """What a name or a glob stands for, sorted; a file's own name may hold brackets. Empty where there is nothing."""
+    if os.path.isfile(path):
+        return [path]
+    return sorted(each for each in glob.glob(path, recursive=True) if os.path.basename(each) != REPORT)
 
 
 def is_local(path: str) -> bool:
@@ -59,7 +69,7 @@ def is_local(path: str) -> bool:
 def _read_json(path: str) -> Iterator[tuple[str, Row]]:
     """JSON Lines, or one JSON array of objects."""
     with open(path, "rb") as file:
-        if file.read(64).lstrip().startswith(b"["):
+        if file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             file.seek(0)
             for number, row in enumerate(parse_json(file.read(), path), 1):
                 yield checked_row(row, f"{path}, item {number}")
@@ -94,7 +104,7 @@ def _read_csv(path: str) -> Iterator[tuple[str, Row]]:
 def parse_json(text: bytes, where: str) -> Any:
     """What JSON text holds. Raises UserError for what is no JSON, no UTF-8, or half of a character."""
     try:
-        value = json.loads(text)
+        value = json.loads(text.decode("utf-8-sig"))  # from bytes, json lets half characters pass
         if rb"\ud" in text.lower():  # half of a character written as two escapes is valid JSON and no text
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -119,7 +129,7 @@ def _read_with_datasets(name: str, subset: str | None = None, **kwargs) -> Itera
     datasets.disable_progress_bars()
     label = kwargs.get("data_files", name)
     try:
-        for number, row in enumerate(datasets.load_dataset(name, subset, streaming=True, **kwargs), 1):
+        for number, row in enumerate(datasets.load_dataset(name, subset, **kwargs), 1):
             yield f"{label}, row {number}", row
     except Exception as error:  # datasets raises many kinds; a user needs the file and the reason
         kind = "cannot be read" if "data_files" in kwargs else "is neither a local file nor a readable hub dataset"

@@ -54,18 +54,29 @@ def held(run_dir: Path) -> Iterator[None]:
     with ExitStack() as stack:
         with distributed.on_main():
             if distributed.is_main():
-                make_writable(run_dir, "run_dir")
-                _lock(stack.enter_context((run_dir / ".lock").open("a+")), run_dir)
+                stack.enter_context(locked(run_dir, "run_dir"))
         yield
 
 
-def _lock(file: IO[str], run_dir: Path) -> None:
+@contextmanager
+def locked(folder: Path, name: str) -> Iterator[None]:
+    """`make_writable`, and keep other processes out for the body. A dead one holds nothing.
+
+    Raises UserError where another has it.
+    """
+    make_writable(folder, name)
+    with (folder / ".lock").open("a+") as file:
+        _lock(file, folder, name)
+        yield
+
+
+def _lock(file: IO[str], folder: Path, name: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
         who = file.read().strip() or "another run"
-        raise UserError(f"run_dir {run_dir} is in use by {who}: wait for its end, or choose another") from error
+        raise UserError(f"{name} {folder} is in use by {who}: wait for its end, or choose another") from error
     except OSError:  # a file system without locks
         return
     file.truncate(0)

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import numpy as np
 
-from mlalign.languages import groups, language_of
+from mlalign.languages import groups, language_of, script_of
 
 SAMPLES = 1000
 _DIRECTION = re.compile(r"([a-z]{2,3}(?:_[A-Z][a-z]{3})?)-([a-z]{2,3}(?:_[A-Z][a-z]{3})?)")
@@ -42,10 +42,11 @@ def f1(right: np.ndarray, found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def score(task: ModuleType, counts: Counts, ids: list, language: str, seed: int, samples: int = SAMPLES) -> Scores:
-    """Score one language. Args: ids: of the rows; a row without one (None) is taken independently of all others."""
+    """Score one language. Args: ids: of the rows; one without (None, or blank) is taken independently of all others."""
     rows = len(ids)
     point = {name: float(value) for name, value in task.metrics({n: c.sum(0) for n, c in counts.items()}, rows).items()}
-    keys = [f"{language} {number}" if row_id is None else str(row_id) for number, row_id in enumerate(ids)]
+    named = [row_id is not None and bool(str(row_id).strip()) for row_id in ids]
+    keys = [str(row_id) if named[number] else f"{language} {number}" for number, row_id in enumerate(ids)]
     taken = np.stack([_times(f"{seed} {key}", samples) for key in keys], axis=1).astype(float)
     taken[taken.sum(1) == 0] = 1  # of a few rows, none may be taken
     sums = {name: taken @ count for name, count in counts.items()}
@@ -99,12 +100,12 @@ def language_groups(
     then the groups of `languages.groups`. A direction is judged by its sides that are not English.
     Args: supervised: languages or directions of the task's training rows; aligned: languages of the bitext.
     """
-    labelled, bitext = {_key(code, directions) for code in supervised}, {language_of(code) for code in aligned}
+    labelled, bitext = {_key(code, directions) for code in supervised}, {_written(code) for code in aligned}
     members: dict[str, list[str]] = {"all": list(codes), "supervised": [], "aligned": [], "unseen": []}
     for code in codes:
         if _key(code, directions) in labelled:
             members["supervised"].append(code)
-        elif all(language_of(side) in bitext for side in sides(code, directions)):
+        elif all(_written(side) in bitext for side in sides(code, directions)):
             members["aligned"].append(code)
         else:
             members["unseen"].append(code)
@@ -131,4 +132,5 @@ def _key(code: str, directions: bool) -> tuple[str, ...]:
 
 
 def _written(code: str) -> str:
-    return code if code.casefold() in ("zh-tw", "zho_hant") else language_of(code)
+    language = language_of(code)
+    return "zh-TW" if language == "zh" and script_of(code) == "Hant" else language

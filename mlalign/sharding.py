@@ -8,8 +8,7 @@ from torch import nn
 
 from mlalign import distributed, kernels
 from mlalign.config import Config, Model
-from mlalign.errors import UserError
-from mlalign.model import AlignedModel, precision_dtype
+from mlalign.model import AlignedModel, check_compile, precision_dtype
 from mlalign.prefetch import keep_a_trace_per_pass
 from mlalign.resharding import masters_without_zero
 from mlalign.zero import offloads_optimizer
@@ -20,10 +19,8 @@ def engine_config(config: Config, zero: dict[str, Any]) -> dict[str, Any]:
 
     DeepSpeed is told of one micro-batch per step, because `objectives` owns the accumulation.
     """
-    if config.model.compile and zero["zero_optimization"]["stage"] == 3:
-        raise UserError(
-            "model.compile needs ZeRO stage 0, 1 or 2: ZeRO-3 gathers parameters inside of what is compiled"
-        )
+    if config.model.compile:
+        check_compile(zero)
     reduces_in_backward = zero["zero_optimization"]["stage"] >= 2  # then `objectives.one_reduction` has DeepSpeed wait
     return zero | {
         "train_micro_batch_size_per_gpu": 1,

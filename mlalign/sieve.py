@@ -20,10 +20,9 @@ import numpy as np
 from mlalign.corpora.item import Item
 from mlalign.errors import UserError
 from mlalign.languages import language_of
+from mlalign.rows import REPORT
 from mlalign.rundir import write_whole
 from mlalign.sifting import EXACT, NORMALISED, NOT, Seen, Sentences, hashes, normalise, ranks, smallest, tags, together
-
-REPORT = "prepare.json"
 
 _SPLITS = ("train", "dev", "test")
 _BATCH = 16_384  # rows at a time, of all files together
@@ -256,7 +255,10 @@ class Sieve:
         Raises UserError where that cannot be; then none of the files is there.
         """
         written = [output for output in self.outputs.values() if output.rows]
+        all_names = report["files"] | dict.fromkeys(self._earlier)
         with self._writing():
+            # Should this be killed in the middle, the next run knows whose files they are.
+            (self._folder / REPORT).with_suffix(".partial").write_text(json.dumps(report | {"files": all_names}))
             (self._folder / REPORT).unlink(missing_ok=True)
             for name in self._earlier:
                 (self._folder / name).unlink(missing_ok=True)
@@ -264,7 +266,7 @@ class Sieve:
                 for output in written:
                     self._partial(output).rename(self._folder / output.name)
                 write_whole(self._folder / REPORT, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
-            except OSError:
+            except BaseException:  # Ctrl-C too
                 for output in written:
                     (self._folder / output.name).unlink(missing_ok=True)
                 raise
@@ -289,8 +291,9 @@ class Sieve:
 
 def _earlier(folder: Path, origin: dict[str, str]) -> set[str]:
     """Files that an earlier run wrote into the directory, which this one will replace."""
+    known = folder / REPORT
     try:
-        report = json.loads((folder / REPORT).read_text())
+        report = json.loads((known if known.exists() else known.with_suffix(".partial")).read_text())
         listed = set(report["files"])
         before = {name: report["settings"][name] for name in origin}
     except (OSError, ValueError, KeyError, TypeError):

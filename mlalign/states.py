@@ -4,6 +4,7 @@ A state file holds one language: [poolings, layers, distinct sentences, hidden],
 of the model, the settings and the sentences, so that an interrupted probe encodes only what it lacks.
 """
 
+import gc
 import math
 import os
 import time
@@ -48,10 +49,16 @@ class Encoder:
     poolings: tuple[str, ...]  #: names in `pooling.POOLERS`
     pool_bos: bool  #: whether the mean counts the state of the BOS token
     precision: str  #: auto, bf16 or fp32, see `config.Model`
+    trust_remote_code: bool = False
+
+    @property
+    def source(self) -> Model:
+        """What is to be loaded."""
+        return Model(path=self.model, precision=self.precision, trust_remote_code=self.trust_remote_code)
 
     def fingerprint(self) -> str:
         """Stands for everything but the sentences that states depend on, the weights' files included."""
-        revision = [] if os.path.isdir(self.model) else [load_model_config(Model(path=self.model))._commit_hash]
+        revision = [] if os.path.isdir(self.model) else [load_model_config(self.source)._commit_hash]
         precision = str(precision_dtype(self.precision))  # auto is bf16 on one machine and fp32 on another
         parts = [asdict(self), __version__, precision, revision, files_of(self.model), files_of(self.adapter)]
         return digest(parts)
@@ -126,8 +133,8 @@ def encode(
         say(f"{kept} of {len(files)} languages are encoded already")
     if not missing:
         return
-    tokenizer = load_tokenizer(Model(path=encoder.model))
-    settings = load_model_config(Model(path=encoder.model)).get_text_config()
+    tokenizer = load_tokenizer(encoder.source)
+    settings = load_model_config(encoder.source).get_text_config()
     positions = getattr(settings, "max_position_embeddings", None)
     module = _load(encoder, deepspeed)
     pad, bos = pad_id(tokenizer, getattr(settings, "vocab_size", math.inf)), tokenizer.bos_token_id
@@ -150,6 +157,8 @@ def encode(
         say(f"encoded {language}: {len(rows):,} sentences, {sum(map(len, rows)):,} tokens{note}, {seconds:.1f} s")
     if hasattr(module, "destroy"):
         module.destroy()  # DeepSpeed would keep the shards while the next model is loaded
+    del module
+    gc.collect()  # its blocks and its hooks hold each other: without this, the next model would come beside it
 
 
 def load_layer(path: Path, pooling: int, layer: int) -> torch.Tensor:
@@ -158,9 +167,8 @@ def load_layer(path: Path, pooling: int, layer: int) -> torch.Tensor:
 
 
 def _load(encoder: Encoder, deepspeed: str | None) -> nn.Module:
-    settings = Model(path=encoder.model, precision=encoder.precision)
-    sharded = inference_config(settings, read_deepspeed(deepspeed)) if deepspeed else None
-    module = LayerStates(load_for_inference(settings, encoder.adapter, sharded), encoder)
+    sharded = inference_config(encoder.source, read_deepspeed(deepspeed)) if deepspeed else None
+    module = LayerStates(load_for_inference(encoder.source, encoder.adapter, sharded), encoder)
     return inference_engine(module, sharded) if sharded else module
 
 

@@ -4,7 +4,6 @@
 Where rows are missing it says so and assumes the worst, rows of `max_length`. Used by `mlalign plan`.
 """
 
-import glob
 import math
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,7 +16,7 @@ from mlalign.config import Alignment, Config, Source, Task
 from mlalign.dataset import load_dataset
 from mlalign.errors import UserError
 from mlalign.examples import Pair, TaskExample
-from mlalign.rows import is_local, read_rows
+from mlalign.rows import is_local, matching, read_rows
 from mlalign.sampler import GlobalOrder, slices
 from mlalign.schedule import batches, total_steps
 from mlalign.zero import read_deepspeed
@@ -79,7 +78,7 @@ def _survey_one(
     known: dict[str, Any] = {
         "batches_per_step": sum(counts) / len(cycle),
         "micro_batches": math.ceil(size / (section.micro_batch_size * ranks)),
-        "missing": _missing(section.train),
+        "missing": _missing(section.train, section.streaming),
     }
     if known["missing"]:
         rows = min(section.micro_batch_size, size // ranks)
@@ -133,15 +132,15 @@ def _shapes(share: list[TaskExample] | list[Pair], sizes: list[int]) -> Shapes:
     return tuple((size, lengths[start]) for size, start in zip(sizes, accumulate([0, *sizes])))
 
 
-def _missing(sources: list[Source]) -> str | None:
+def _missing(sources: list[Source], streaming: bool) -> str | None:
     """What is wrong with the first source that is not there. What is there and broken is an error where it is read."""
     for source in sources:
         if is_local(source.path):
-            if not glob.glob(source.path, recursive=True):
+            if not matching(source.path):
                 return f"{source.path} is not there"
             continue
         try:
-            next(read_rows(source), None)
+            next(read_rows(source, streaming), None)
         except UserError as error:
             return str(error)
     return None

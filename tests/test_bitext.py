@@ -58,6 +58,34 @@ def test_moses_pairs(tmp_path, packed):
     assert read(bitext, tmp_path, splits=("dev", "test"))[0] == []
 
 
+def test_formatting_in_tmx_is_no_text(tmp_path):
+    marked = '<bpt i="1">&lt;b&gt;</bpt>fett<ept i="1">&lt;/b&gt;</ept> und <hi>mehr</hi><ph x="1">{0}</ph>.'
+    unit = f'<tu><tuv xml:lang="de"><seg>{marked}</seg></tuv><tuv xml:lang="en"><seg>bold and more.</seg></tuv></tu>'
+    (tmp_path / "a.tmx").write_text(f'<tmx version="1.4"><header/><body>{unit}</body></tmx>')
+    (item,), _ = read(bitext, tmp_path)
+    assert item.row["src"] == "fett und mehr."
+
+
+def test_ids_of_one_name_in_two_folders_differ(tmp_path):
+    for folder, word in (("books", "eins"), ("films", "Haus")):
+        (tmp_path / folder).mkdir()
+        tmx(tmp_path / folder / "de-en.tmx", [{"de": word, "en": "x"}])
+    items, _ = read(bitext, tmp_path / "*/de-en.tmx")
+    assert [item.row["id"] for item in items] == ["books/de-en-1", "films/de-en-1"]
+
+
+def test_files_that_are_not_read_are_named(tmp_path):
+    for name, lines in (("deu.txt", GERMAN), ("eng.txt", ENGLISH), ("fra.txt.gz", ENGLISH)):
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    _, notes = read(bitext, tmp_path)
+    assert notes["files that were not read, such as fra.txt.gz"] == 1
+
+
+def test_what_prepare_wrote_is_named_file_by_file(tmp_path):
+    (tmp_path / "prepare.json").write_text("{}")
+    refused(bitext, tmp_path, r"is what `mlalign prepare` wrote: name files of it, such as .*/train\.\*\.jsonl")
+
+
 @pytest.mark.parametrize("name", ["a.tmx", "a.tmx.gz"])
 def test_tmx(tmp_path, name):
     units = [{"de": de, "en": en} for de, en in zip(GERMAN, ENGLISH)]

@@ -111,6 +111,15 @@ def test_comet_of_different_models_is_not_compared(tmp_path):
     compare(replace(settings, metric="bleu"))
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluation.json", "probe.json"])
+def test_another_verbs_directory_is_no_place_for_a_comparison(settings, name):
+    """Its curves would go: TensorBoard's files of an earlier comparison are replaced."""
+    settings.output.mkdir()
+    (settings.output / name).touch()
+    with pytest.raises(UserError, match=r"choose a directory of its own for the comparison"):
+        compare(settings)
+
+
 def test_what_cannot_be_compared_is_one_sentence(settings, tmp_path):
     first, second = settings.evaluations
 

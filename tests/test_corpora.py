@@ -146,6 +146,22 @@ def test_bad_massive_is_one_sentence(tmp_path, name):
     refused(massive, tmp_path, sentence)
 
 
+def test_evaluation_rows_that_would_be_read_twice_are_refused(tmp_path):
+    for name in ("en-US.jsonl", "en-US.test.jsonl"):
+        (tmp_path / "massive").mkdir(exist_ok=True)
+        write_jsonl(tmp_path / "massive" / name, [utterance(0, partition="test")])
+    refused(massive, tmp_path / "massive", r"en-US\.jsonl and .*en-US\.test\.jsonl may hold the same rows")
+    row = {"translation": {"cs": "a", "en": "b"}}
+    for name in ("test.cs-en.jsonl", "csen/test.cs-en.json"):
+        (tmp_path / "mt" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / "mt" / name, [row])
+    refused(translation, tmp_path / "mt", r"are both test of cs-en: keep one of them")
+    for folder in ("v1", "v2"):
+        (tmp_path / "uner" / folder).mkdir(parents=True)
+        (tmp_path / "uner" / folder / "en_ewt-ud-test.iob2").write_text("# text = a\n1\ta\tO\n\n")
+    refused(uner, tmp_path / "uner", r"are both test of en_ewt: keep one of them")
+
+
 def test_no_massive_is_one_sentence(tmp_path):
     (tmp_path / "data").mkdir()
     refused(massive, tmp_path, r"holds no <locale>\.jsonl .* \(it has the directories data\)")

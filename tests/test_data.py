@@ -1,17 +1,25 @@
 """Rows to tokens: the known traps of trainers, each with a test; and one sentence for every kind of bad row."""
 
+import codecs
 import copy
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_jsonl
+from test_parallel import hub_dataset
 
 from mlalign.collate import collate_bitext, collate_task, pass_sizes
-from mlalign.config import Source
+from mlalign.config import Config, Source
 from mlalign.data import encode_prompt, load_bitext, load_task
+from mlalign.dataset import load_dataset
 from mlalign.errors import UserError
 from mlalign.examples import Counts, Pair, TaskExample
 from mlalign.loss import IGNORED
@@ -353,6 +361,72 @@ def test_bad_files_are_one_sentence(tmp_path, tokenizer):
         load("rows.jsonl", split="validation")
     with pytest.raises(UserError, match=r"'target' is none of messages, prompt"):
         load("rows.jsonl", columns={"target": "completion"})
+
+
+def test_half_characters_as_bytes_are_one_sentence(tmp_path, tokenizer):
+    """As Java and MySQL write emoji: six bytes of two halves, which are no UTF-8."""
+    (tmp_path / "task.jsonl").write_bytes(b'{"prompt": "\xed\xa0\xbd\xed\xb8\x80", "completion": "a"}\n')
+    with pytest.raises(UserError, match=r"task.jsonl:1: not valid UTF-8"):
+        list(load_task([Source(path=str(tmp_path / "task.jsonl"))], tokenizer, 200, Counts()))
+
+
+def test_an_array_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "rows.json").write_bytes(codecs.BOM_UTF8 + b'[{"a": 1}]')
+    assert [row for _, row in read_rows(Source(path=str(tmp_path / "rows.json")))] == [{"a": 1}]
+
+
+def test_a_hub_dataset_is_kept_for_hosts_without_internet(tmp_path):
+    hub_dataset(tmp_path / "plus", {"de": {"train": [{"prompt": "a"}]}, "en": {"train": [{"prompt": "c"}]}})
+    script = (
+        "from mlalign import rows; rows.is_local = lambda path: False\n"
+        "source = rows.Source(path='plus', subset='en')\n"
+        "print([row for _, row in rows.read_rows(source, streaming=False)])"
+    )
+
+    def read(**environment: str) -> str:
+        environment |= {"HF_HOME": str(tmp_path / "hf")}
+        return subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True
+        ).stdout
+
+    assert read() == "[{'prompt': 'c'}]\n"
+    shutil.rmtree(tmp_path / "plus")
+    assert read(HF_HUB_OFFLINE="1") == "[{'prompt': 'c'}]\n"
+
+
+def test_ids_of_a_hub_dataset_are_its_own(tmp_path, tokenizer, monkeypatch):
+    """Each configuration numbers its rows from 1 on."""
+    row = {"src": "a b", "tgt": "c d", "src_lang": "de", "tgt_lang": "en", "id": 1}
+    hub_dataset(tmp_path / "plus", {"de": {"train": [row]}, "fr": {"train": [row | {"src": "e", "tgt": "f"}]}})
+    monkeypatch.chdir(tmp_path)
+    for module in ("rows", "data"):
+        monkeypatch.setattr(f"mlalign.{module}.is_local", lambda path: False)
+    sources = [Source(path="plus", subset=subset) for subset in ("de", "fr")]
+    one, other = load_bitext(sources, tokenizer, 200, Counts(), streaming=True)
+    assert one.keys[2] not in (0, other.keys[2])
+
+
+def test_mapped_sides_win_over_a_translation(tmp_path, tokenizer):
+    row = {"translation": {"de": "roh", "en": "raw"}, "a": "rein", "b": "clean", "l1": "de", "l2": "en"}
+    columns = {"src": "a", "tgt": "b", "src_lang": "l1", "tgt_lang": "l2"}
+    (pair,), _ = bitext(tmp_path, tokenizer, row, columns=columns)
+    assert "clean" in tokenizer.decode(pair.tgt)
+
+
+def test_what_a_template_puts_before_a_first_answer_is_not_learned(tmp_path, tokenizer):
+    turns = [("assistant", "hello"), ("user", "what"), ("assistant", "that")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (example,), counts = task(tmp_path, tokenizer, row)
+    assert "that" in learned(example, tokenizer)
+    assert "hello" not in learned(example, tokenizer)
+    assert counts.masked_turns == 1
+
+
+def test_dev_rows_that_training_would_read_are_refused(settings, tokenizer):
+    folder = Path(settings["task"]["train"]).parent
+    settings["task"] |= {"train": f"{folder}/*.jsonl", "dev": settings["task"]["train"]}
+    with pytest.raises(UserError, match=r"task.train .* holds .*, which task.dev names: name train alone"):
+        load_dataset(Config.model_validate(settings), tokenizer)
 
 
 def test_messages_without_a_chat_template_are_one_sentence(tmp_path, tokenizer, monkeypatch):

@@ -80,9 +80,27 @@ def test_two_ranks_see_each_other(tmp_path, recipe):
         "all ranks see",
         "clocks",
         "GB/s bus bandwidth at 64 MiB (gloo)",
+        "exact gradients of their own",
     ):
         assert expected in first
     assert not list(tmp_path.glob(".doctor-*"))
+
+
+def broken_gather() -> str:
+    """On one rank of two: what is said where gradients get lost on their way."""
+    from mlalign import distributed
+    from mlalign.commands.doctor import _gather
+
+    usual = distributed._reduce_scatter
+    try:
+        distributed._reduce_scatter = lambda out, _: out.zero_()
+        return _gather().level
+    finally:
+        distributed._reduce_scatter = usual
+
+
+def test_a_network_that_loses_gradients_is_found(ranks):
+    assert ranks(2).run(broken_gather) == ["problem", "problem"]
 
 
 def test_other_versions_files_and_notes_on_another_rank_are_said(tmp_path, recipe):
@@ -110,11 +128,13 @@ def test_other_versions_files_and_notes_on_another_rank_are_said(tmp_path, recip
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"task": {"train": "nowhere.jsonl"}}, "data: nowhere.jsonl is not there: check the path"),
+        ({"task": {"train": "nowhere.jsonl"}}, "data: nowhere.jsonl does not exist or is no file: check the path"),
         ({"model": {"path": "/no/model"}}, "model.path /no/model is no directory: name a model's directory"),
         ({"alignment": {"layer": 9}}, "alignment.layer is 9, but the model has layers 1 to 4"),
         ({"task": {"max_length": 4000}}, "task.max_length is 4000, but the model has 256 positions"),
         ({"run_dir": "/proc/run"}, "disk: /proc cannot be written"),
+        ({"model": {"compile": True}, "deepspeed": "ds_configs/zero3.json"}, "config: model.compile needs ZeRO stage"),
+        ({"model": {"attention": "flash_attention_2"}}, "attention: model.attention is flash_attention_2, for which"),
     ],
 )
 def test_what_a_recipe_lacks(recipe, changes, sentence):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -87,6 +88,25 @@ def test_batches_give_what_greedy_search_gives_one_by_one(settings, tiny_model, 
     assert report["groups"]["low-resource"]["languages"] == ["sw"]
     assert "| sw | 4 |" in (settings.output / "report.md").read_text()
     assert list((settings.output / "tensorboard").glob("events.*"))
+
+
+def test_a_models_own_code_runs_where_it_is_asked_for(settings, tiny_model, tmp_path):
+    path = tmp_path / "own"
+    shutil.copytree(tiny_model, path)
+    (path / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((path / "config.json").read_text())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (path / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
+    with pytest.raises(UserError, match="brings Python code of its own: look at it, then set trust_remote_code"):
+        evaluate(replace(settings, model=str(path)))
+    (report,) = evaluate(replace(settings, model=str(path), trust_remote_code=True))
+    (wanted,) = evaluate(replace(settings, output=tmp_path / "usual"))
+    assert report["scores"] == wanted["scores"]
+    assert predictions(settings.output) == predictions(tmp_path / "usual")
 
 
 def test_beam_search_in_batches_is_beam_search_one_by_one(settings, tiny_model, tokenizer):

@@ -2,10 +2,13 @@
 
 import gc
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import alone_in_the_world
 from omegaconf import OmegaConf
 from transformers import LlamaConfig
 from typer.testing import CliRunner
@@ -297,6 +300,16 @@ def test_a_mistake_is_one_sentence(settings, changes, asked, sentence):
         planned(OmegaConf.to_container(changed), **asked)
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_plan_is_for_gpus_unless_cpus_are_asked_for(settings, tmp_path):
+    """Also on a machine that has none, where DeepSpeed is told to look for none."""
+    OmegaConf.save(OmegaConf.create(settings), tmp_path / "c.yaml")
+    command = [sys.executable, "-m", "mlalign", "plan", str(tmp_path / "c.yaml"), "--json", str(tmp_path / "plan.json")]
+    for asked, found in (({}, "cuda"), ({"DS_ACCELERATOR": "cpu"}, "cpu")):
+        usual = {name: value for name, value in alone_in_the_world().items() if name != "DS_ACCELERATOR"}
+        subprocess.run(command, env=usual | asked, check=True, capture_output=True)
+        assert json.loads((tmp_path / "plan.json").read_text())["run"]["device"] == found
 
 
 def test_the_command_prints_tables_and_writes_the_same_numbers(settings, tmp_path):

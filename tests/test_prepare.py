@@ -14,6 +14,7 @@ from test_sifting import naive
 
 from mlalign.commands.prepare import Settings, prepare
 from mlalign.errors import UserError
+from mlalign.rundir import locked
 from mlalign.tracker import console
 
 
@@ -30,7 +31,7 @@ def ids(path) -> list[str]:
 
 
 def names(folder) -> set[str]:
-    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+    return {path.name for path in folder.iterdir() if path.name != ".lock"} if folder.exists() else set()
 
 
 def pair(src, tgt, id_=None, languages=("de", "en")) -> dict:
@@ -377,6 +378,7 @@ def test_the_command_line(tmp_path):
         "  of 4 read, not kept: in --against, normalised: 1; duplicate, normalised: 1; held out as dev: 1",
         "dev: 1 rows in 1 language pairs (de-en)",
         "test: none",
+        "files that were not read, such as x.md: 1",
         f"all counts are in {tmp_path / 'out/prepare.json'}",
     ]
     assert json.loads((tmp_path / "out/prepare.json").read_text())["settings"]["seed"] == 4
@@ -384,6 +386,34 @@ def test_the_command_line(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("mlalign: error: format is an option of massive")
     done = subprocess.run([*command, "--dev", "0"], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_a_second_run_at_once_is_refused(tmp_path):
+    source = massive(tmp_path / "in", {"en-US.train": ["play jazz"]})
+    with (
+        locked(tmp_path / "out", "output"),
+        pytest.raises(UserError, match=r"output .*out is in use by process \d+ on host .*: wait for its end"),
+    ):
+        run("massive", source, tmp_path / "out")
+    run("massive", source, tmp_path / "out")
+
+
+def test_a_run_killed_while_it_gives_names_can_be_repeated(tmp_path):
+    source = massive(tmp_path / "in", {"en-US.train": ["play jazz"], "de-DE.train": ["spiel jazz"]})
+    run("massive", source, tmp_path / "out")
+    whole = {name: (tmp_path / "out" / name).read_bytes() for name in names(tmp_path / "out")}
+    killed = (
+        "import os, signal; from pathlib import Path; from mlalign.commands import prepare; usual = Path.rename\n"
+        "def rename(path, to):\n"
+        "    usual(path, to)\n"
+        "    if to.name.startswith('train.'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Path.rename = rename\n"
+        f"prepare.prepare(prepare.Settings('massive', {str(source)!r}, Path({str(tmp_path / 'out')!r})))"
+    )
+    assert subprocess.run([sys.executable, "-c", killed], capture_output=True).returncode == -9
+    assert "prepare.json" not in names(tmp_path / "out")
+    run("massive", source, tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in names(tmp_path / "out")} == whole
 
 
 def test_what_was_made_of_something_else_is_never_replaced(tmp_path):

@@ -1,5 +1,6 @@
 """`mlalign probe`: states against one sentence at a time, any number of ranks, ZeRO-3, resuming, what it says."""
 
+import gc
 import itertools
 import json
 import resource
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,6 +183,24 @@ def test_an_interrupted_probe_encodes_only_what_it_lacks(asked, monkeypatch):
     (asked.output / "probe.json").unlink()
     monkeypatch.setattr(states, "_load", None)  # with nothing to encode, no model is loaded
     probe(asked)
+
+
+def test_no_model_stays_when_its_states_are_written(asked, monkeypatch):
+    """Two are compared one after the other: both at once may be more than a GPU holds."""
+    seen = []
+
+    class Seen(states.LayerStates):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            seen.append(weakref.ref(self.lm))
+
+    monkeypatch.setattr(states, "LayerStates", Seen)
+    gc.disable()
+    try:
+        probe(asked)
+    finally:
+        gc.enable()
+    assert [model() for model in seen] == [None]
 
 
 def test_a_finished_probe_is_shown_again_and_not_measured(asked, data, monkeypatch):

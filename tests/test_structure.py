@@ -40,7 +40,18 @@ LAYERS = [
         "corpora.item",
         "token_cache",
     },
-    {"objectives", "dataset", "sharding", "parallel", "checks", "generation", "report", "comet", "sieve"}
+    {
+        "objectives",
+        "merged_config",
+        "dataset",
+        "sharding",
+        "parallel",
+        "checks",
+        "generation",
+        "report",
+        "comet",
+        "sieve",
+    }
     | {f"corpora.{name}" for name in ("massive", "translation", "uner", "bitext", "against")},
     {"evaluation", "states", "probe_report", "workload", "loader", "gradients"},
     {"probe_show", "activations", "packing"},

@@ -45,7 +45,7 @@ def compare(settings: Settings) -> dict:
     Raises UserError where the evaluations are not of the same task and test rows.
     """
     names = _names(settings)
-    make_writable(settings.output, "output")
+    _claim(settings.output)
     evaluations = [read_evaluation(folder) for folder in settings.evaluations]
     task = load_task(evaluations[0]["task"])
     systems = _scores(settings, task, evaluations)
@@ -259,6 +259,15 @@ def _cells(result: dict, row: dict, short: bool = False) -> list[str]:
 
 def _head(result: dict) -> list[str]:
     return [*result["names"], *(f"{name} - {result['names'][0]}" for name in result["names"][1:])]
+
+
+def _claim(output: Path) -> None:
+    """Make the output directory; one that holds something else is refused."""
+    make_writable(output, "output")
+    others = {"metrics.jsonl": "a run of `mlalign train`", "evaluation.json": "an evaluation", "probe.json": "a probe"}
+    for name, what in others.items():
+        if (output / name).exists():
+            raise UserError(f"output {output} is {what}: choose a directory of its own for the comparison")
 
 
 def _markdown(result: dict) -> str:

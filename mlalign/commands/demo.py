@@ -5,6 +5,7 @@ by `mlalign train` on 2 ranks with ZeRO-2 under the deepspeed launcher: on the t
 evaluate` and `mlalign probe` then show what carried over. Run it again after an interruption and it goes on.
 """
 
+import glob
 import json
 import os
 import subprocess
@@ -31,11 +32,11 @@ RECIPE = """\
 # One of the two runs of `mlalign demo`.  Repeat it with:  launch/deepspeed.sh {path} run_dir=somewhere/else
 run_dir: {run_dir}
 seed: {seed}
-model: {{path: {folder}/base}}
+model: {{path: {base}}}
 lora: null  # all parameters: a model this small has no room for adapters
 task:
-  train: {folder}/data/train.jsonl
-  dev: {folder}/data/dev.jsonl
+  train: {train}
+  dev: {dev}
   batch_size: 32
   micro_batch_size: 16
   max_length: 128
@@ -48,8 +49,8 @@ deepspeed: ds_configs/zero2.json
 """
 ALIGNMENT = """\
 alignment:
-  train: {folder}/data/bitext.jsonl
-  dev: {folder}/data/bitext_dev.jsonl
+  train: {bitext}
+  dev: {bitext_dev}
   batch_size: 128
   micro_batch_size: 64
   layer: {layer}
@@ -72,13 +73,15 @@ def demo(folder: Path, seed: int) -> dict:
         extra = f" and aligned at layer {LAYER} of {Shape.layers}" if aligned else ", the task alone"
         _title(f"{number}/4  Fine-tuning on English labels{extra}: {RANKS} ranks, ZeRO-2")
         recipe = folder / f"{name}.yaml"
-        alignment = ALIGNMENT.format(folder=folder, layer=LAYER) if aligned else ""
+        data_files = {part: _quoted(folder / f"data/{part}.jsonl") for part in ("train", "dev", "bitext", "bitext_dev")}
+        alignment = ALIGNMENT.format(**data_files, layer=LAYER) if aligned else ""
         recipe.write_text(
             RECIPE.format(
                 path=recipe,
-                run_dir=folder / name,
+                run_dir=_quoted(folder / name),
                 seed=seed,
-                folder=folder,
+                base=_quoted(folder / "base"),
+                **data_files,
                 alignment=alignment,
                 ratio="1:1" if aligned else "1:0",
                 steps=STEPS,
@@ -94,7 +97,7 @@ def demo(folder: Path, seed: int) -> dict:
             "--task",
             "items",
             "--test",
-            folder / "data/test/*.jsonl",
+            Path(glob.escape(str(folder))) / "data/test/*.jsonl",
             "--output",
             folder / name / "evaluation",
             "--batch-size",
@@ -117,6 +120,11 @@ def demo(folder: Path, seed: int) -> dict:
     report = _report(folder, seconds=time.monotonic() - start, seed=seed)
     _show(report, folder)
     return report
+
+
+def _quoted(path: Path) -> str:
+    """For YAML: a file with brackets in its name is that file, and one with a comma is one name."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def _claim(folder: Path, seed: int) -> None:

@@ -27,7 +27,7 @@ from mlalign.config import Model, Source
 from mlalign.data import answer_text, encode_prompt
 from mlalign.errors import UserError
 from mlalign.generation import Decoding, Generate, open_backend
-from mlalign.model import adapter_folder, load_model_config, load_tokenizer, precision_dtype
+from mlalign.model import adapter_file, adapter_folder, load_model_config, load_tokenizer, precision_dtype
 from mlalign.predictions import (
     Predictions,
     prediction_file,
@@ -36,11 +36,13 @@ from mlalign.predictions import (
     statistics,
     write_predictions,
 )
-from mlalign.rows import is_local, read_rows
+from mlalign.rows import is_local, matching, read_rows
 from mlalign.rundir import digest, files_of, make_writable, write_whole
 from mlalign.scoring import sides
 from mlalign.tasks import load_task
 from mlalign.tracker import say
+
+_DECODED = ("backend", "precision", "beams", "batch_size", "max_new_tokens", "trust_remote_code")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Settings:
     beams: int = 1
     batch_size: int = 32
     max_new_tokens: int = 128
+    trust_remote_code: bool = False
     max_rows: int | None = None
     comet: str | None = None
     supervised: list[str] | None = None
@@ -93,18 +96,18 @@ def evaluate(settings: Settings) -> list[dict]:
     if settings.model is None or not settings.test:
         raise UserError("evaluate needs a MODEL and --test files, unless --score-only scores what an OUTPUT holds")
     adapters = _adapters(settings)
-    tokenizer = load_tokenizer(Model(path=settings.model))
+    source = Model(path=settings.model, trust_remote_code=settings.trust_remote_code)
+    tokenizer = load_tokenizer(source)
     if tokenizer.pad_token_id is None and not settings.quiet:
         say(f"the tokenizer of {settings.model} has no padding token: masked zeros take its place")
-    tests = _read_tests(settings, task, tokenizer)
+    tests = _read_tests(settings, task, source, tokenizer)
     reports = []
     with distributed.StopSignals() as signals:
         for folder, adapter in adapters.items():
             decoding = Decoding(
                 model=settings.model,
                 adapter=adapter,
-                **{name: getattr(settings, name) for name in ("backend", "precision", "beams", "batch_size")},
-                max_new_tokens=settings.max_new_tokens,
+                **{name: getattr(settings, name) for name in _DECODED},
             )
             _predict(
                 settings,
@@ -133,9 +136,9 @@ def _adapters(settings: Settings) -> dict[Path, str | None]:
     return {settings.output / name: path for name, path in zip(names, found)}
 
 
-def _read_tests(settings: Settings, task: ModuleType, tokenizer) -> dict[str, _Tests]:
+def _read_tests(settings: Settings, task: ModuleType, source: Model, tokenizer) -> dict[str, _Tests]:
     """Language -> its rows, up to `max_rows` each. Raises UserError, naming file and line, for a row without gold."""
-    config = load_model_config(Model(path=settings.model)).get_text_config()
+    config = load_model_config(source).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     tests: dict[str, _Tests] = {}
     for path in _files(settings.test):
@@ -165,7 +168,7 @@ def _files(patterns: tuple[str, ...]) -> list[str]:
     for pattern in patterns:
         if not is_local(pattern):
             raise UserError(f"test {pattern} is no local file: download it, or name it with its suffix")
-        paths = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        paths = matching(pattern)
         if not paths:
             raise UserError(f"{pattern} matches no file")
         found |= dict.fromkeys(str(Path(path).resolve()) for path in paths)
@@ -230,7 +233,7 @@ def _claim(settings: Settings, decoding: Decoding, tests: dict[str, _Tests], fol
         "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}[precision_dtype(decoding.precision)],
         "task": settings.task,
         "max_rows": settings.max_rows,
-        "weights": digest([files_of(decoding.model), _revision(decoding.model), _contents(decoding.adapter)]),
+        "weights": digest([files_of(decoding.model), _revision(decoding.source), _contents(decoding.adapter)]),
         "training": _training(decoding),
     }
     how["rows"] = {language: len(of.ids) for language, of in sorted(tests.items())}
@@ -256,17 +259,20 @@ def _claim(settings: Settings, decoding: Decoding, tests: dict[str, _Tests], fol
     write_whole(path, json.dumps(how, indent=2) + "\n")
 
 
-def _revision(model: str) -> str | None:
+def _revision(model: Model) -> str | None:
     """The commit of a hub model; None for a directory, whose files speak for it."""
-    return None if Path(model).is_dir() else load_model_config(Model(path=model))._commit_hash
+    return None if Path(model.path).is_dir() else load_model_config(model)._commit_hash
 
 
 def _contents(adapter: str | None) -> list[str]:
     """Digests of an adapter's files: exporting or merging it again gives the same, where nothing else has changed."""
-    if adapter is None or not Path(adapter).is_dir():
+    if adapter is None:
         return []
-    files = [Path(adapter) / name for name in ("adapter_config.json", "adapter_model.safetensors")]
-    return [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest() for file in files if file.is_file()]
+    try:
+        files = [adapter_file(adapter, name) for name in ("adapter_config.json", "adapter_model.safetensors")]
+    except Exception as error:  # the hub raises many kinds
+        raise UserError(f"adapter {adapter} cannot be had: {' '.join(str(error).split())[:300]}") from error
+    return [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest() for file in files if file]
 
 
 def _training(decoding: Decoding) -> dict[str, list[str]]:

@@ -13,11 +13,12 @@ tuning/, weights.png                             of `auto`: adapter and evaluati
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from mlalign import __version__, distributed, merging
 from mlalign.config import Model
 from mlalign.errors import UserError
+from mlalign.merged_config import adapter_config
 from mlalign.merging import CONFIG, SPARSE, WEIGHTS, Adapter, Merged, Recipe
 from mlalign.model import load_model_config
 from mlalign.plots import plot_curve
@@ -55,6 +57,7 @@ class Settings:
     max_rows: int | None = None
     batch_size: int | None = None
     max_new_tokens: int | None = None
+    trust_remote_code: bool = False
 
 
 def merge(settings: Settings) -> dict:
@@ -78,7 +81,10 @@ def merge(settings: Settings) -> dict:
     result = None
     with distributed.on_main():
         if distributed.is_main():
-            result = _write(settings.output, recipe, task, alignment, tuning)
+            if tuning:
+                result = _take(settings.output, _candidate(settings, recipe.weight) / "adapter", tuning)
+            else:
+                result = _write(settings.output, recipe, task, alignment)
             _show(result, settings.output)
     return distributed.broadcast_object(result)
 
@@ -146,7 +152,8 @@ def _check_size(settings: Settings, task: Adapter, alignment: Adapter, model: st
         raise UserError(f"model is needed, and {task.folder / CONFIG} names none: give --model")
     if settings.layers is not None:
         try:
-            depth = load_model_config(Model(path=model)).get_text_config().num_hidden_layers
+            source = Model(path=model, trust_remote_code=settings.trust_remote_code)
+            depth = load_model_config(source).get_text_config().num_hidden_layers
         except UserError as error:
             raise UserError(f"layers cannot be checked, name the base model by --model: {error}") from error
         if settings.layers > depth:
@@ -189,7 +196,7 @@ def _hint(settings: Settings, task: Adapter, alignment: Adapter) -> None:
             say(f"{alignment.folder} is not zero in {len(lost)} modules above layer {settings.layers}: left out")
         return
     last, blocks = merging.aligned_blocks(alignment), merging.aligned_blocks(task)
-    if last is not None and (blocks is None or last < blocks):
+    if last and (blocks is None or last < blocks):
         say(f"{alignment.folder} is zero above layer {last}: with --layers {last} the task adapter stays whole there")
 
 
@@ -209,7 +216,7 @@ def _tune(
     given = {name: getattr(settings, name) for name in ("max_rows", "batch_size", "max_new_tokens")}
     reports = []
     for weight in grid:
-        folder = settings.output / "tuning" / f"{weight:.2f}"
+        folder = _candidate(settings, weight)
         with distributed.on_main():
             if distributed.is_main():
                 _make_candidate(folder, replace(recipe, weight=weight), task, alignment)
@@ -219,6 +226,7 @@ def _tune(
             adapters=(str(folder / "adapter"),),
             output=folder / "evaluation",
             task=settings.task,
+            trust_remote_code=settings.trust_remote_code,
             quiet=True,
             **{name: value for name, value in given.items() if value is not None},
         )
@@ -236,6 +244,10 @@ def _tune(
     return tuning
 
 
+def _candidate(settings: Settings, weight: float) -> Path:
+    return settings.output / "tuning" / f"{weight:.2f}"
+
+
 def _make_candidate(folder: Path, recipe: Recipe, task: Adapter, alignment: Adapter) -> None:
     """Write the adapter of one weight, unless this very one is there; an evaluation of another goes."""
     if (folder / "adapter" / CONFIG).exists():
@@ -245,7 +257,7 @@ def _make_candidate(folder: Path, recipe: Recipe, task: Adapter, alignment: Adap
             return
     for old in ("adapter", "evaluation"):
         shutil.rmtree(folder / old, ignore_errors=True)
-    _write(folder / "adapter", recipe, task, alignment, None)
+    _write(folder / "adapter", recipe, task, alignment)
 
 
 def _show_curve(tuning: dict[str, Any], reports: list[dict], output: Path) -> None:
@@ -270,7 +282,7 @@ def _show_curve(tuning: dict[str, Any], reports: list[dict], output: Path) -> No
 # ----------------------------------------------------------------------------------------------------------- writing
 
 
-def _write(folder: Path, recipe: Recipe, task: Adapter, alignment: Adapter, tuning: dict[str, Any] | None) -> dict:
+def _write(folder: Path, recipe: Recipe, task: Adapter, alignment: Adapter) -> dict:
     """Merge, and write the adapter and what belongs to it; returns what `merge.json` holds. On rank 0.
 
     What is there already stays, so that evaluations of it go on being evaluations of it.
@@ -278,15 +290,29 @@ def _write(folder: Path, recipe: Recipe, task: Adapter, alignment: Adapter, tuni
     before = _read_result(folder)
     wanted = [task.fingerprint, alignment.fingerprint]
     if (folder / CONFIG).exists() and before.get("settings") == _asked(recipe) and _inputs(before) == wanted:
-        if before.get("tuning") == tuning:
+        if before.get("tuning") is None:
             return before
     merged = merging.merge_adapters(task, alignment, recipe, distributed.device())
-    result = _result(merged, recipe, task, alignment, tuning)
+    result = _result(merged, recipe, task, alignment)
     beside = {"merge.json": result}
     languages = _languages(task, alignment)
     if languages is not None:
         beside["mlalign.json"] = languages
-    _write_adapter(folder, merged, _config(merged, task, alignment), beside)
+    save = partial(save_file, merging.tensors(merged), metadata={"format": "pt"})
+    _write_adapter(folder, save, adapter_config(merged, task, alignment), beside)
+    return result
+
+
+def _take(folder: Path, candidate: Path, tuning: dict[str, Any]) -> dict:
+    """Write the very adapter that was evaluated best: made again, on another device, dare would drop other entries."""
+    result = _read_result(candidate) | {"tuning": tuning}
+    if (folder / CONFIG).exists() and _read_result(folder) == result:
+        return result
+    beside = {"merge.json": result}
+    if (candidate / "mlalign.json").exists():
+        beside["mlalign.json"] = json.loads((candidate / "mlalign.json").read_text())
+    save = partial(shutil.copyfile, candidate / WEIGHTS)
+    _write_adapter(folder, save, json.loads((candidate / CONFIG).read_text()), beside)
     return result
 
 
@@ -302,9 +328,7 @@ def _asked(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _result(
-    merged: Merged, recipe: Recipe, task: Adapter, alignment: Adapter, tuning: dict[str, Any] | None
-) -> dict[str, Any]:
+def _result(merged: Merged, recipe: Recipe, task: Adapter, alignment: Adapter) -> dict[str, Any]:
     """What `merge.json` holds.
 
     inputs           task and alignment -> path and fingerprint of the adapter
@@ -322,7 +346,7 @@ def _result(
         "modules": len(merged.factors),
         "rank": merged.rank,
         "kept": {"share": round(merged.share(), 6), "worst_module": module, "worst_share": round(share, 6)},
-        "tuning": tuning,
+        "tuning": None,
     }
 
 
@@ -340,56 +364,17 @@ def _languages(*adapters: Adapter) -> dict[str, list[str]] | None:
     return found if paths else None
 
 
-def _config(merged: Merged, task: Adapter, alignment: Adapter) -> dict[str, Any]:
-    """adapter_config.json of the merged adapter: a plain LoRA whose alpha is its rank, so that its scaling is 1."""
-    config = LoraConfig(
-        r=merged.rank,
-        lora_alpha=merged.rank,
-        lora_dropout=task.config.get("lora_dropout", 0.0),
-        fan_in_fan_out=task.config.get("fan_in_fan_out", False),
-        target_modules=_target_modules(merged, task, alignment),
-        base_model_name_or_path=task.config.get("base_model_name_or_path"),
-        revision=task.config.get("revision"),
-        task_type=task.config.get("task_type"),
-        auto_mapping=task.config.get("auto_mapping"),
-        inference_mode=True,
-    )
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-
-
-def _target_modules(merged: Merged, task: Adapter, alignment: Adapter) -> list[str]:
-    """The inputs' own names where these say exactly the merged modules, else the modules' full names.
-
-    An adapter whose list has no further condition holds every module of the model that the list names.
-    """
-    names: set[str] = set()
-    for adapter in (task, alignment):
-        listed = adapter.config.get("target_modules")
-        limited = any(adapter.config.get(key) not in (None, []) for key in ("exclude_modules", "layers_to_transform"))
-        if not isinstance(listed, list) or limited:
-            return sorted(merged.factors)
-        names |= set(listed)
-    used = {name for name in names if any(_named(module, name) for module in merged.factors)}
-    known = task.factors.keys() | alignment.factors.keys()
-    said = {module for module in known if any(_named(module, name) for name in used)}
-    return sorted(used if said == merged.factors.keys() else merged.factors)
-
-
-def _named(module: str, name: str) -> bool:
-    return module == name or module.endswith(f".{name}")
-
-
-def _write_adapter(folder: Path, merged: Merged, config: dict[str, Any], beside: dict[str, Any]) -> None:
+def _write_adapter(folder: Path, save: Callable[[Path], Any], config: dict[str, Any], beside: dict[str, Any]) -> None:
     """Write the adapter in peft's format, and JSON files beside it. adapter_config.json comes last: then all is whole.
 
     Always in fp32: rounding the scaled factors to bf16 would change the deltas by 0.16%. Raises UserError where the
-    disk does not take it.
+    disk does not take it. `save` writes the weights.
     """
     aside = folder / "adapter_model.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)
-        save_file(merging.tensors(merged), aside, metadata={"format": "pt"})
+        save(aside)
         aside.rename(folder / WEIGHTS)
         for name, value in beside.items():
             write_whole(folder / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

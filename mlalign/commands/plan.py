@@ -7,7 +7,6 @@ launch/torchrun.sh plan recipe.yaml --measure 5                     the same, me
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +35,7 @@ class Settings:
 
     config: str = "CONFIG"  #: as on the command line, with overrides
     ranks: int | None = None
-    device: Literal["cuda", "cpu"] | None = None
+    device: Literal["cuda", "cpu"] | None = None  #: None = what is here
     gpus_per_node: int = 4
     memory_per_gpu: float | None = None  #: GiB
     tokens_per_second: float | None = None  #: over all ranks
@@ -68,7 +67,7 @@ def plan(config: Config, settings: Settings) -> dict[str, Any]:
 
 def _job(config: Config, settings: Settings) -> tuple[Job, str]:
     """What is to be planned, checked as `train` checks it; and the name of the ZeRO file."""
-    device = settings.device or ("cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else "cuda")
+    device = settings.device or ("cuda" if distributed.uses_cuda() else "cpu")
     here = launchers.started_together()
     ranks = settings.ranks or here
     if settings.measure and (ranks != here or (device == "cuda") != distributed.uses_cuda()):

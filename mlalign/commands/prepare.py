@@ -16,11 +16,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from mlalign import __version__
 from mlalign.corpora import against
 from mlalign.errors import UserError
-from mlalign.rundir import make_writable
+from mlalign.rundir import locked
 from mlalign.sieve import Sieve
 from mlalign.tasks.prompts import FORMS
 from mlalign.tracker import say
@@ -60,7 +61,11 @@ def prepare(settings: Settings) -> dict:
     _check(settings)
     kept_out = against.files(settings.against)
     reader = import_module(f"mlalign.corpora.{settings.dataset}")
-    make_writable(settings.output, "output")
+    with locked(settings.output, "output"):
+        return _prepare(settings, reader, kept_out)
+
+
+def _prepare(settings: Settings, reader: ModuleType, kept_out: list[str]) -> dict:
     choice = settings.max_rows is not None or settings.balance
     origin = {"dataset": settings.dataset, "source": settings.source}
     sieve = Sieve(settings.output, origin, settings.seed, choice or settings.dev is not None)

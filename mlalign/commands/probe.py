@@ -62,6 +62,7 @@ class Settings:
     pooling: tuple[str, ...] = ("mean",)
     pool_bos: bool = True
     precision: str = "auto"
+    trust_remote_code: bool = False
     batch_size: int = 32
     split: str | None = None
     deepspeed: str | None = None
@@ -134,7 +135,7 @@ def probe(settings: Settings) -> dict:
 
 def _encoders(settings: Settings) -> dict[str, Encoder]:
     """`model`, or `before` and `after` where two are compared."""
-    depth = load_model_config(Model(path=settings.model)).get_text_config().num_hidden_layers
+    depth = _depth(settings, settings.model)
     unknown = [name for name in settings.pooling if name not in POOLERS]
     if unknown:
         raise UserError(f"pooling {unknown[0]} is none of {', '.join(POOLERS)}")
@@ -146,6 +147,7 @@ def _encoders(settings: Settings) -> dict[str, Encoder]:
         "poolings": settings.pooling,
         "pool_bos": settings.pool_bos,
         "precision": settings.precision,
+        "trust_remote_code": settings.trust_remote_code,
     }
     if settings.adapter is not None and not Path(settings.adapter).is_dir():
         raise UserError(f"adapter {settings.adapter} is no directory")
@@ -154,10 +156,15 @@ def _encoders(settings: Settings) -> dict[str, Encoder]:
     if settings.compare is None:
         return {"model": first}
     path, compared = _weights(settings.compare, settings.model)
-    other = load_model_config(Model(path=path)).get_text_config().num_hidden_layers
+    other = _depth(settings, path)
     if other != depth:
         raise UserError(f"compare {settings.compare} has {other} layers, but {settings.model} has {depth}")
     return {"before": first, "after": Encoder(path, compared, **how)}
+
+
+def _depth(settings: Settings, model: str) -> int:
+    source = Model(path=model, trust_remote_code=settings.trust_remote_code)
+    return load_model_config(source).get_text_config().num_hidden_layers
 
 
 def _layers(text: str | None, depth: int) -> list[int]:
@@ -218,7 +225,7 @@ def _check_space(
     """Say what the states take on disk, and refuse before the first sentence what would not fit."""
     needed = 0
     for name, encoder in encoders.items():
-        hidden = load_model_config(Model(path=encoder.model)).get_text_config().hidden_size
+        hidden = load_model_config(encoder.source).get_text_config().hidden_size
         missing = sum(len(parallel.texts[language]) for language, path in files[name].items() if not path.exists())
         needed += 4 * missing * hidden * len(encoder.layers) * len(encoder.poolings)
     free = shutil.disk_usage(output).free
@@ -323,7 +330,7 @@ def _result(
             separability = np.stack([layer["separability"] for layer in each]).round(6)
             curves = Curves(parallel.languages, directions, separability)
             models.setdefault(name, {})[pooling] = _summary(curves)
-    depth = load_model_config(Model(path=settings.model)).get_text_config().num_hidden_layers
+    depth = _depth(settings, settings.model)
     result = {
         "mlalign": __version__,
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},

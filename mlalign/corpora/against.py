@@ -10,7 +10,7 @@ from pathlib import Path
 from mlalign.config import Source
 from mlalign.corpora.item import lines, open_plain, undamaged
 from mlalign.errors import UserError
-from mlalign.rows import Row, read_rows
+from mlalign.rows import Row, matching, read_rows
 
 _ROWS = (".jsonl", ".json", ".csv", ".parquet")
 #: Of files that hold sentences among other things: as plain text, not one of them would be found in training data.
@@ -22,7 +22,7 @@ def files(patterns: tuple[str, ...]) -> list[str]:
     """The files that the globs name, sorted. Raises UserError for one that names none."""
     found = set()
     for pattern in patterns:
-        paths = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
+        paths = [path for path in matching(pattern) if Path(path).is_file()]
         if not paths:
             hint = f": it is a directory, give {pattern}/*" if Path(pattern).is_dir() else ""
             raise UserError(f"against {pattern} matches no file{hint}")

@@ -6,14 +6,16 @@ hub's `translation`; or a file per language, as FLORES and NTREX, where line n, 
 of them and every language is paired with a pivot. All are streams; of a file per language with ids, the pivot's
 sentences are held. A hub dataset has one configuration per pair, as Helsinki-NLP/opus-100.
 
-Ids are those of the rows, else file and line: rows that share an id count as the same sentence in training.
+Rows that share an id count as the same sentence in training. Ids are those of the rows, of the hub's with their
+configuration and split, else file and line: running numbers of two corpora are not the same.
 """
 
 import glob
 from collections import Counter
 from collections.abc import Collection, Iterator
 from itertools import zip_longest
-from pathlib import Path
+from os.path import commonpath
+from pathlib import Path, PurePosixPath
 from typing import IO
 from xml.etree import ElementTree
 from zipfile import ZipFile
@@ -35,11 +37,12 @@ from mlalign.corpora.item import (
 from mlalign.data import bitext_fields
 from mlalign.errors import UserError
 from mlalign.languages import language_of
-from mlalign.rows import is_local, read_rows
+from mlalign.rows import REPORT, is_local, matching, read_rows
 
 _ROWS = (".jsonl", ".json", ".csv", ".parquet")
 _PLAIN = (".txt", ".dev", ".devtest", ".test")  # one sentence a line: FLORES-200 and NTREX as they are published
 _TEXT_FIELDS = ("text", "sentence", "utt")
+_CODE = ("bpt", "ept", "it", "ph", "ut")
 _LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 
 _Pair = tuple[str, str]
@@ -61,9 +64,8 @@ def read(
         yield from _read_hub(source, splits, wanted)
     elif "train" in splits:
         yield from _read_files(source, wanted, pivot, notes)
-    else:
-        return
-    wanted.check(source)
+    if "train" in splits:  # not every language need be in dev and test
+        wanted.check(source)
 
 
 class _Wanted:
@@ -97,7 +99,14 @@ class _Wanted:
 def _read_files(source: str, wanted: _Wanted, pivot: str | None, notes: Counter[str]) -> Iterator[Item]:
     moses: dict[tuple[Path, str], _Pair] = {}  # (folder, name without language) -> languages
     tmx, archives, rows, texts = [], [], [], []
-    for path in _paths(source):
+    paths = _paths(source)
+    root = commonpath(path.parent for path in paths)
+
+    def prefix(path: Path) -> str:
+        """Of ids: the same name in another folder is another corpus."""
+        return path.relative_to(root).as_posix()
+
+    for path in paths:
         stem, pair = _moses_name(path.name)
         if pair is not None:
             moses[path.parent, stem] = pair
@@ -109,6 +118,8 @@ def _read_files(source: str, wanted: _Wanted, pivot: str | None, notes: Counter[
             (rows if _holds_pairs(path) else texts).append(path)
         elif path.suffix in _PLAIN:
             texts.append(path)
+        else:
+            notes[f"files that were not read, such as {path.name}"] += 1
     pairs = [*(folder / stem for folder, stem in moses), *tmx, *archives, *rows]
     if not pairs and not texts:
         raise UserError(
@@ -125,22 +136,24 @@ def _read_files(source: str, wanted: _Wanted, pivot: str | None, notes: Counter[
         wanted.check(source)
     for (folder, stem), pair in moses.items():
         if wanted(pair, folder / stem):
-            yield from _read_moses(folder, stem, pair)
+            yield from _read_moses(folder, stem, pair, prefix(folder / stem))
     for path in archives:
-        yield from _read_archive(path, wanted)
+        yield from _read_archive(path, prefix(path.parent), wanted)
     for path in tmx:
-        yield from _read_tmx(path, wanted, pivot, notes)
+        yield from _read_tmx(path, prefix(path.with_suffix("")), wanted, pivot, notes)
     for path in rows:
-        yield from _read_rows(path, wanted)
+        yield from _read_rows(path, prefix(path.with_suffix("")), wanted)
     if texts:
         yield from _read_by_language(texts, source, wanted, pivot, notes)
 
 
 def _paths(source: str) -> list[Path]:
     folder = Path(source)
+    if (folder / REPORT).exists():
+        raise UserError(f"{source} is what `mlalign prepare` wrote: name files of it, such as {source}/train.*.jsonl")
     if folder.is_dir():
         return sorted(path for path in folder.iterdir() if path.is_file())
-    paths = sorted(Path(path) for path in glob.glob(source, recursive=True) if Path(path).is_file())
+    paths = [Path(path) for path in matching(source) if Path(path).is_file()]
     if not paths:
         raise UserError(f"{source} {'matches no file' if glob.has_magic(source) else 'does not exist'}")
     return paths
@@ -157,7 +170,7 @@ def _moses_name(name: str) -> tuple[str, _Pair | None]:
     return stem, None
 
 
-def _read_moses(folder: Path, stem: str, pair: _Pair) -> Iterator[Item]:
+def _read_moses(folder: Path, stem: str, pair: _Pair, prefix: str) -> Iterator[Item]:
     paths = []
     for code in pair:
         there = [path for suffix in ("", ".gz") if (path := folder / f"{stem}.{code}{suffix}").is_file()]
@@ -165,10 +178,10 @@ def _read_moses(folder: Path, stem: str, pair: _Pair) -> Iterator[Item]:
             raise UserError(f"{folder / stem}.{code} is missing, with the other side of {stem}.{'|'.join(pair)}")
         paths.append(there[0])
     with open_plain(paths[0]) as src, open_plain(paths[1]) as tgt:
-        yield from _line_pairs((src, tgt), (str(paths[0]), str(paths[1])), pair, stem)
+        yield from _line_pairs((src, tgt), (str(paths[0]), str(paths[1])), pair, prefix)
 
 
-def _read_archive(path: Path, wanted: _Wanted) -> Iterator[Item]:
+def _read_archive(path: Path, folder: str, wanted: _Wanted) -> Iterator[Item]:
     """OPUS's zip of a Moses pair with a README and a licence."""
     with undamaged(path), ZipFile(path) as archive:
         names = archive.namelist()
@@ -182,7 +195,8 @@ def _read_archive(path: Path, wanted: _Wanted) -> Iterator[Item]:
                 raise UserError(f"{path} lacks {lacking[0]}, the other side of a pair")
             if wanted(pair, path):
                 with archive.open(sides[0]) as src, archive.open(sides[1]) as tgt:
-                    yield from _line_pairs((src, tgt), (f"{path}, {sides[0]}", f"{path}, {sides[1]}"), pair, stem)
+                    names = (f"{path}, {sides[0]}", f"{path}, {sides[1]}")
+                    yield from _line_pairs((src, tgt), names, pair, (PurePosixPath(folder) / stem).as_posix())
 
 
 def _line_pairs(files: tuple[IO[bytes], IO[bytes]], names: _Pair, pair: _Pair, prefix: str) -> Iterator[Item]:
@@ -217,7 +231,7 @@ def _item(split: str, pair: _Pair, src: str, tgt: str, id_: str, where: str) -> 
 # ------------------------------------------------------------------------------------------------------------ TMX, rows
 
 
-def _read_tmx(path: Path, wanted: _Wanted, pivot: str | None, notes: Counter[str]) -> Iterator[Item]:
+def _read_tmx(path: Path, prefix: str, wanted: _Wanted, pivot: str | None, notes: Counter[str]) -> Iterator[Item]:
     """Unit after unit, and no more of the document in memory than that."""
     number, orders = 0, {}
     try:
@@ -232,28 +246,37 @@ def _read_tmx(path: Path, wanted: _Wanted, pivot: str | None, notes: Counter[str
                     continue
                 number += 1
                 where = f"{path}, unit {number}"
-                sides = _unit(element, where)
+                sides = _unit(element, where, notes)
                 parents[-1].clear()
                 if len(sides) < 2:
                     notes["units in one language"] += 1
                 for pair in _unit_pairs(sides, pivot, where):
                     pair = orders.setdefault(frozenset(pair), pair)  # one file for both orders of a document
                     if wanted(pair, where):
-                        yield _item("train", pair, sides[pair[0]], sides[pair[1]], f"{path.stem}-{number}", where)
+                        yield _item("train", pair, sides[pair[0]], sides[pair[1]], f"{prefix}-{number}", where)
     except ElementTree.ParseError as error:
         raise UserError(f"{path}:{error.position[0]}: not valid XML after unit {number}: {error}") from error
     if not number:
         raise UserError(f"{path} holds no translation units")
 
 
-def _unit(element: ElementTree.Element, where: str) -> dict[str, str]:
+def _unit(element: ElementTree.Element, where: str, notes: Counter[str]) -> dict[str, str]:
     sides: dict[str, str] = {}
     for variant in element.iter("tuv"):
         code, segment = variant.get(_LANGUAGE) or variant.get("lang"), variant.find("seg")
         if code is None or segment is None:
             raise UserError(f"{where}: a tuv without {'xml:lang' if code is None else 'seg'}")
-        sides.setdefault(code, "".join(segment.itertext()))
+        if code in sides:
+            notes["further sentences of a unit in the same language"] += 1
+        sides.setdefault(code, _text(segment))
     return sides
+
+
+def _text(segment: ElementTree.Element) -> str:
+    """Without what TMX says of formatting, whose content is code."""
+    inner = ("" if child.tag in _CODE else _text(child) for child in segment)
+    tails = (child.tail or "" for child in segment)
+    return (segment.text or "") + "".join(f"{text}{tail}" for text, tail in zip(inner, tails))
 
 
 def _unit_pairs(sides: dict[str, str], pivot: str | None, where: str) -> list[_Pair]:
@@ -281,15 +304,16 @@ def _holds_pairs(path: Path) -> bool:
     return first is not None and not {"src", "translation"}.isdisjoint(first[1])
 
 
-def _read_rows(path: Path, wanted: _Wanted) -> Iterator[Item]:
+def _read_rows(path: Path, prefix: str, wanted: _Wanted) -> Iterator[Item]:
     for number, (where, row) in enumerate(read_rows(Source(path=glob.escape(str(path)))), 1):
         src, tgt, pair = bitext_fields(row, where)
         if wanted(pair, where):
-            id_ = f"{path.stem}-{number}" if row.get("id") is None else str(row["id"])
+            id_ = f"{prefix}-{number}" if row.get("id") is None else str(row["id"])
             yield _item("train", pair, src, tgt, id_, where)
 
 
 def _read_hub(source: str, splits: Collection[str], wanted: _Wanted) -> Iterator[Item]:
+    name = source.rpartition("/")[2]
     for configuration in hub_configurations(source):
         codes = tuple(configuration.split("-"))
         if len(codes) == 2 and all(map(tag_is_valid, codes)) and not wanted(codes, f"{source} {configuration}"):
@@ -299,8 +323,8 @@ def _read_hub(source: str, splits: Collection[str], wanted: _Wanted) -> Iterator
             counts[split] += 1
             src, tgt, pair = bitext_fields(row, where)
             if wanted(pair, where):
-                number = f"{source.rpartition('/')[2]}-{configuration}-{split}-{counts[split]}"
-                yield _item(split, pair, src, tgt, number if row.get("id") is None else str(row["id"]), where)
+                number = counts[split] if row.get("id") is None else row["id"]
+                yield _item(split, pair, src, tgt, f"{name}-{configuration}-{split}-{number}", where)
 
 
 # ---------------------------------------------------------------------------------------------------- a file a language

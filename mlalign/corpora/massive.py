@@ -122,6 +122,10 @@ def _read_directory(source: str, splits: Collection[str], languages: Collection[
         raise UserError(
             f"{source} holds no <locale>.jsonl or <locale>.<split>.jsonl files such as en-US.train.jsonl{hint}"
         )
+    whole = {match[1]: path for path, match in files.items() if match[2] is None}
+    for path, match in files.items():
+        if whole.get(match[1], path) != path:
+            raise UserError(f"{whole[match[1]]} and {path} may hold the same rows: keep one of them")
     refuse_unknown(languages, {_language(match[1]) for match in files.values()}, source)
     for path, match in files.items():
         locale, split = match.groups()

@@ -128,7 +128,12 @@ def _files(source: str) -> list[_Table]:
         match = _FILE.fullmatch(path.name)
         if match and path.is_file():
             pair = tuple(check_language(code, str(path)) for code in match.groups()[1:])
-            tables.append(_Table(str(path), pair, SPLITS[match[1]]))
+            table = _Table(str(path), pair, SPLITS[match[1]])
+            alike = (each for each in tables if (each.pair, each.split) == (table.pair, table.split))
+            same = None if table.split == "train" else next(alike, None)  # duplicates leave train, and stay elsewhere
+            if same:
+                raise UserError(f"{same.place} and {path} are both {table.split} of {'-'.join(pair)}: keep one of them")
+            tables.append(table)
     if not tables:
         raise UserError(f"{source} holds no files such as train.cs-en.jsonl or csen/train.cs-en.json")
     return tables

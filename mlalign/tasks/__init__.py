@@ -6,7 +6,7 @@ row(..., form) -> dict                      prompt and answer of a task row; `it
 gold(row, answer, where) -> dict            what scoring needs of a test row, checked
 statistics(predictions, golds, language)    counts of each row: name -> [rows] or [rows, counts]
 metrics(totals, rows)                       name -> score, from sums of such counts, one sum or an array of them
-describe(language)                          metric -> signature
+describe(language, golds)                   metric -> signature
 
 Scores follow from sums over rows, so that a bootstrap resamples rows and never generates or scores a text again.
 """

@@ -44,6 +44,6 @@ def metrics(totals: dict[str, np.ndarray], rows: int | np.ndarray) -> dict[str, 
     }
 
 
-def describe(language: str) -> dict[str, str]:
+def describe(language: str, golds: list[dict]) -> dict[str, str]:
     """How each metric is computed, for the report."""
     return {"f1": "micro F1 over items between semicolons, up to case and spacing"}

@@ -110,6 +110,6 @@ def metrics(totals: dict[str, np.ndarray], rows: int | np.ndarray) -> dict[str, 
     }
 
 
-def describe(language: str) -> dict[str, str]:
+def describe(language: str, golds: list[dict]) -> dict[str, str]:
     """How each metric is computed, for the report."""
     return {"f1": "micro F1 over (type, text) of entities", "schema": "share of answers of the asked form"}

@@ -74,7 +74,7 @@ def metrics(totals: dict[str, np.ndarray], rows: int | np.ndarray) -> dict[str, 
     }
 
 
-def describe(language: str) -> dict[str, str]:
+def describe(language: str, golds: list[dict]) -> dict[str, str]:
     """How each metric is computed, for the report."""
     unit = "characters" if language_of(language) in _BY_CHARACTER else "words"
     return {"f1": f"seqeval micro F1 over {unit}, after MASSIVE"}

@@ -100,10 +100,9 @@ def metrics(totals: dict[str, np.ndarray], rows: int | np.ndarray) -> dict[str, 
     return scores | {name: totals[name] / rows for name in ("off_target", "comet") if name in totals}
 
 
-def describe(language: str) -> dict[str, str]:
-    """sacrebleu's signatures, for the report. Args: language: a direction."""
-    target = language.rpartition("-")[2]
-    signatures = {"bleu": _bleu(target), "chrf++": _chrf()}
+def describe(language: str, golds: list[dict]) -> dict[str, str]:
+    """sacrebleu's signatures, for the report."""
+    signatures = {"bleu": _bleu(golds[0]["tgt_lang"]), "chrf++": _chrf()}
     described = {}
     for name, metric in signatures.items():
         metric.corpus_score(["a"], [["a"]])  # a signature knows its number of references after a first use
