@@ -1,7 +1,8 @@
 # Two commands: `make demo` shows the method, `make test` checks the project. Both make .venv by themselves.
-# `make study` measures on real data whether alignment makes a task carry over, in half an hour on two cores.
+# `make study DATA=PATH` measures on real data whether alignment makes a task carry over, in half an hour on two cores.
 
 PYTHON ?= python3
+DATA ?= ../shared/data
 VENV := .venv
 STAMP := $(VENV)/installed
 
@@ -11,7 +12,7 @@ demo: $(STAMP)
 	$(VENV)/bin/mlalign demo
 
 study: $(STAMP)
-	$(VENV)/bin/python benchmarks/transfer/study.py main merged --budget-minutes 30
+	$(VENV)/bin/python benchmarks/transfer/study.py main merged --budget-minutes 30 --data $(DATA)
 
 test: $(STAMP) lint
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

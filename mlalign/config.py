@@ -40,12 +40,13 @@ Sources = Annotated[list[Source], BeforeValidator(_as_sources)]
 
 class Model(BaseModel, extra="forbid"):
     path: str  #: a directory or a hub id of any decoder-only model
-    attention: str = "auto"  #: auto = flash attention where installed and on CUDA, else sdpa; or a transformers name
+    attention: str = "auto"
+    """A transformers name; auto = flash attention where installed, on CUDA and in bf16, else sdpa if there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"  #: auto = bf16 on CUDA, else fp32
     packing: bool | Literal["auto"] = "auto"  #: rows without padding behind each other; auto = with flash attention
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  #: compute activations again in the backward pass, instead of keeping them
     compile: bool = False  #: torch.compile of each block, with ZeRO-0 to 2; takes half a minute at a start
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  #: run Python code that comes with the model
 
 
 #: What fp32 can work with, and no infinity.
@@ -55,9 +56,9 @@ Size = Annotated[int, Field(gt=0, le=10**6)]
 
 
 class Lora(BaseModel, extra="forbid"):
-    r: int = Field(8, gt=0, le=2**16)
-    alpha: Number = Field(16, gt=0)
-    dropout: float = Field(0.1, ge=0, lt=1)
+    r: int = Field(8, gt=0, le=2**16)  #: rank
+    alpha: Number = Field(16, gt=0)  #: the adapter counts alpha / r times
+    dropout: float = Field(0.1, ge=0, lt=1)  #: of the adapter's input
     target_modules: str | list[str] = "all-linear"  #: peft's names
 
 
@@ -86,16 +87,16 @@ def _as_layer(value: Any) -> Any:
 class Alignment(BaseModel, extra="forbid"):
     train: Sources = Field(min_length=1)
     dev: Sources = []
-    streaming: bool = False
+    streaming: bool = False  #: as of the task
     batch_size: Size = 128  #: pairs of one alignment batch, over all ranks
     micro_batch_size: Size = 32  #: pairs of one forward pass on one rank
     max_length: Size = Field(128, gt=1)  #: tokens of one side
-    language_temperature: float = Field(1.0, ge=0, le=1)
+    language_temperature: float = Field(1.0, ge=0, le=1)  #: as of the task, of language pairs
     layer: Annotated[int | Literal["auto"], BeforeValidator(_as_layer)] = "auto"
     """Number of decoder blocks run; auto = half the depth, probe:DIR = what `mlalign probe` recommends."""
-    pooling: Literal["mean", "last"] = "mean"
+    pooling: Literal["mean", "last"] = "mean"  #: a sentence's embedding: the mean of its states, or the last one
     infonce: Literal["symmetric", "one_way"] = "symmetric"  #: one_way: src finds tgt only
-    temperature: Number = Field(0.1, gt=0)
+    temperature: Number = Field(0.1, gt=0)  #: of InfoNCE: cosines are divided by it
     negatives: Literal["global", "local"] = "global"  #: the whole batch, or one rank's micro-batch
     positives: Literal["id", "pair"] = "id"  #: id: rows that share a sentence or an id are positives of each other
     weight: Number = Field(1.0, gt=0)  #: factor of the alignment loss
@@ -108,6 +109,7 @@ def _as_ratio(value: Any) -> Any:
 
 class Interleave(BaseModel, extra="forbid"):
     mode: Literal["joint", "alternate", "micro_batch"] = "joint"
+    """joint: both objectives in a step; alternate: steps in turn; micro_batch: the authors' way; see `schedule`."""
     ratio: Annotated[str, BeforeValidator(_as_ratio)] = Field("1:1", pattern=r"^\d+:\d+$")  #: task : alignment batches
     micro_batches: int | None = Field(None, gt=0, le=10**4)  #: mode micro_batch: batches accumulated in one step
 
@@ -122,15 +124,15 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(BaseModel, extra="forbid"):
-    lr: Number = Field(5e-4, gt=0)
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    lr: Number = Field(5e-4, gt=0)  #: the highest, after warmup
+    betas: tuple[Share, Share] = (0.9, 0.999)  #: of AdamW, as is eps
     eps: Number = Field(1e-8, gt=0)
     weight_decay: Number = Field(0.0, ge=0)  #: of matrices; vectors (norms, biases) are never decayed
     clip: Number = Field(1.0, ge=0)  #: largest global gradient norm; 0 = no clipping
     max_skipped_steps: int = Field(10, ge=0)  #: in a row, for a loss or gradient that is no number, before the run ends
-    schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = "inverse_sqrt"
+    schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = "inverse_sqrt"  #: how lr falls after warmup
     warmup_ratio: float = Field(0.03, ge=0, le=1)  #: share of all steps
-    steps: int | None = Field(None, gt=0, le=10**9)
+    steps: int | None = Field(None, gt=0, le=10**9)  #: or epochs: one of the two
     epochs: float | None = Field(None, gt=0, le=10**4)
     """Passes over the task rows (over the pairs if there is no task)."""
 
@@ -141,8 +143,8 @@ class Evaluation(BaseModel, extra="forbid"):
 
 
 class Config(BaseModel, extra="forbid"):
-    run_dir: str
-    seed: int = Field(1, ge=0, lt=2**32)
+    run_dir: str  #: what a run writes, and what the same command goes on from
+    seed: int = Field(1, ge=0, lt=2**32)  #: of order, dropout and new adapters
     model: Model
     lora: Lora | None = None  #: null = full fine-tuning
     task: Task | None = None

@@ -166,7 +166,15 @@ def any_rank(flag: bool) -> bool:
 @cache
 def _control_group() -> dist.ProcessGroup:
     """A gloo group for decisions, beside the nccl group that carries tensors."""
-    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    if dist.get_backend() == "gloo":
+        return dist.group.WORLD
+    try:
+        return dist.new_group(backend="gloo")
+    except RuntimeError as error:  # gloo goes by the host's own name, which may lead to the host alone, as 127.0.1.1
+        raise NotMetError(
+            f"rank {rank()} on host {socket.gethostname()}: gloo reaches no other rank: set GLOO_SOCKET_IFNAME to "
+            f"the network interface that leads to them, such as ib0 ({' '.join(str(error).split())[:200]})"
+        ) from error
 
 
 def broadcast_object(value):
