@@ -1,6 +1,6 @@
 """What forward and backward passes take, found out by running them on shapes: no weights, no rows, no GPU.
 
-    paper = on_paper(config, layer, dtype)             the model, its adapters and its truncated view, without bytes
+    paper = on_paper(config, layer, dtype, cuda)       the model, its adapters and its truncated view, without bytes
     task_pass(paper, ...), alignment_pass(paper, ...)  forward and backward, and what is alive at their largest moment
 
 A formula such as that of Korthikanti et al. 2022 (section 4) knows one architecture and one attention. Here the code
@@ -54,7 +54,7 @@ class PaperModel:
         return self.aligned.lm.get_input_embeddings().weight.shape[1]
 
 
-def on_paper(config: Config, layer: int, dtype: torch.dtype) -> PaperModel:
+def on_paper(config: Config, layer: int, dtype: torch.dtype, cuda: bool = False) -> PaperModel:
     """The model that `train` would build, with adapters and truncated view. Raises UserError as `train` does.
 
     Flash attention is stood in for by sdpa: both keep queries, keys, values and the output for backward, and no matrix
@@ -72,7 +72,7 @@ def on_paper(config: Config, layer: int, dtype: torch.dtype) -> PaperModel:
             )
     except (ImportError, ValueError) as error:
         raise UserError(f"model.path {config.model.path}: no model could be built: {error}") from error
-    if lm.config._attn_implementation == "sdpa":
+    if lm.config._attn_implementation == "sdpa" and not (cuda and dtype == torch.float32):  # see `AlignedModel.ask`
         AttentionInterface.register("sdpa_on_paper", sdpa_attention_forward)
         AttentionMaskInterface.register("sdpa_on_paper", _mask_on_paper)
         lm.set_attn_implementation("sdpa_on_paper")

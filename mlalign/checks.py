@@ -108,10 +108,10 @@ def _devices() -> Iterator[Finding]:
 
 
 def _attention(config: Config | None) -> Iterator[Finding]:
-    if config and config.model.attention == "flash_attention_2" and not is_flash_attn_2_available():
-        yield Finding(
-            "problem", "attention", "model.attention is flash_attention_2, for which flash-attn or a GPU is missing"
-        )
+    asked = config is not None and config.model.attention == "flash_attention_2"
+    if asked and not is_flash_attn_2_available():
+        level = "problem" if distributed.uses_cuda() else "note"  # a login node need not have what the job's nodes have
+        yield Finding(level, "attention", "model.attention is flash_attention_2, which needs flash-attn and a GPU")
     elif is_flash_attn_2_available():
         yield Finding("ok", "attention", f"flash-attn {metadata.version('flash-attn')}")
     elif distributed.uses_cuda():
@@ -229,10 +229,8 @@ def _inputs(config: Config) -> Iterator[Finding]:
         "model", f"{config.model.path}: config, tokenizer and weights are there", lambda: _check_model(config)
     )
     for section in filter(None, (config.task, config.alignment)):
-        for source in section.train:
+        for source in (*section.train, *section.dev):
             yield _data(source, section.streaming)
-        for source in section.dev:
-            yield _data(source, streaming=False)
 
 
 def _data(source: Source, streaming: bool) -> Finding:
@@ -250,7 +248,8 @@ def _data(source: Source, streaming: bool) -> Finding:
     try:
         next(read_rows(source, streaming), None)
     except UserError as error:
-        return Finding("problem", "data", f"{error}: run `mlalign inspect` where there is internet")
+        todo = "without streaming, run `mlalign inspect`" if streaming else "run `mlalign inspect`"
+        return Finding("problem", "data", f"{error}: {todo} where there is internet")
     return Finding("ok", "data", f"{source.path}: fetched from the hub")
 
 

@@ -1,8 +1,9 @@
 """From rows to examples: check, tokenise, mask, truncate.
 
 A row is one JSON object. Task rows hold `messages` (rendered by the model's chat template, the assistant's turns are
-learned) or `prompt` and `completion` (plain text, the completion is learned). Bitext rows hold `src`, `tgt`,
-`src_lang`, `tgt_lang` and perhaps `id`, or the hub's `translation`. `columns` of a source renames other fields.
+learned, but for a first one) or `prompt` and `completion` (plain text, the completion is learned). Bitext rows hold
+`src`, `tgt`, `src_lang`, `tgt_lang` and perhaps `id`, or the hub's `translation`. `columns` of a source renames other
+fields.
 Every mistake is a `UserError` that names file and line; what is cut or dropped is counted in `Counts`.
 
 `mlalign inspect CONFIG` shows what comes out.
@@ -67,11 +68,11 @@ def _renamed(row: Row, columns: dict[str, str], where: str) -> Row:
     missing = [theirs for theirs in columns.values() if theirs not in row]
     if missing:
         raise UserError(f"{where}: no column {missing[0]!r}, found {', '.join(map(repr, row))}")
-    if not {"prompt", "completion"}.isdisjoint(columns) and "messages" not in columns:
-        row = {name: value for name, value in row.items() if name != "messages"}  # the mapped fields are meant
-    if not {"src", "tgt"}.isdisjoint(columns) and "translation" not in columns:
-        row = {name: value for name, value in row.items() if name != "translation"}
-    return row | {ours: row[theirs] for ours, theirs in columns.items()}
+    mapped = {ours: row[theirs] for ours, theirs in columns.items()}
+    for whole, parts in (("messages", {"prompt", "completion"}), ("translation", {"src", "tgt"})):
+        if whole not in mapped and not parts.isdisjoint(mapped):  # the mapped fields are meant
+            row = {name: value for name, value in row.items() if name != whole}
+    return row | mapped
 
 
 def load_task(
@@ -115,27 +116,31 @@ def load_bitext(
     """Bitext rows, lazily and in order; `counts` is filled as they are taken. `streaming`: see `rows.read_rows`."""
     bos = _leading_bos(tokenizer)
     rows = (
-        (*bitext_fields(row, where), _id(row, source))
+        (*bitext_fields(row, where), _own_id(row, source))
         for row, where, source in _rows(sources, BITEXT_FIELDS, streaming)
     )
-    for (src, tgt, languages, row_id), encode in _encoded(rows, lambda row: row[:2], tokenizer):
+    for (src, tgt, languages, own_id), encode in _encoded(rows, lambda row: row[:2], tokenizer):
         if not src.strip() or not tgt.strip():
             counts.drop("an empty side")
             continue
         sides = [_with_bos(encode(text), bos) for text in (src, tgt)]
         truncated = any(len(side) > max_length for side in sides)
-        keys = (text_hash(src), text_hash(tgt), text_hash(row_id) if row_id else 0)
+        keys = (text_hash(src), text_hash(tgt), text_hash(own_id) if own_id else 0)
         pair = Pair(sides[0][:max_length], sides[1][:max_length], languages, keys)
         counts.keep(pair, truncated)
         yield pair
 
 
-def _id(row: Row, source: Source) -> str:
-    """What rows share that say the same; empty where a row does not tell. Datasets of the hub number their own rows."""
-    row_id = "" if row.get("id") is None else str(row["id"])
-    if not row_id.strip():
-        return ""
-    return row_id if is_local(source.path) else f"{source.path} {source.subset} {row_id}"
+def row_id(row: Row) -> str:
+    """What rows share that say the same; empty where a row has none, or a blank one, as in an empty column."""
+    own = "" if row.get("id") is None else str(row["id"])
+    return own if own.strip() else ""
+
+
+def _own_id(row: Row, source: Source) -> str:
+    """`row_id`, within its source: each dataset of the hub numbers its own rows."""
+    own = row_id(row)
+    return own if not own or is_local(source.path) else f"{source.path} {source.subset} {own}"
 
 
 def _encoded(
@@ -298,7 +303,7 @@ def _render_messages(
         if i > 0 and text.startswith(end) and len(before) <= start < len(end):
             spans.append((start, len(end)))
     if not spans:
-        raise UserError(f"{where}: `messages` has no assistant turn to learn")
+        raise UserError(f"{where}: `messages` has no assistant turn to learn (one that comes first is not learned)")
     return text, spans, len(answers) - len(spans)
 
 

@@ -100,7 +100,7 @@ def _add_rows(
         return ()
 
     def read(counts: Counts) -> Iterator:
-        return _LOADERS[name](sources, tokenizer, section.max_length, counts)
+        return _LOADERS[name](sources, tokenizer, section.max_length, counts, section.streaming)
 
     rows, dataset.counts[key] = tokenised(_PACKED[name], sources, cached_as, section.max_length, read)
     if not rows:

@@ -68,7 +68,7 @@ def estimate(job: Job) -> Estimate:
     config = job.config
     key = (config.model.gradient_checkpointing,)
     if key not in job.traces:
-        job.traces[key] = on_paper(config, job.layer, job.dtype)
+        job.traces[key] = on_paper(config, job.layer, job.dtype, job.cuda)
     paper = job.traces[key]
     groups = sharding.parameter_groups(paper.aligned, config.optimizer.weight_decay)
     layout = Layout(

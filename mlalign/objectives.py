@@ -49,16 +49,13 @@ def one_reduction(engine) -> Iterator[None]:
     if not engine.managed_gradient_accumulation():
         yield
         return
-    waiting = engine.coalesce_grad_reduction()
-    waiting.__enter__()
-    try:
-        yield
-    except BaseException:
-        # DeepSpeed would average here too, and wait for ranks that did not fail, and what failed were never said. Kept,
-        # or it would do so when Python forgets it.
-        engine.unfinished = waiting
-        raise
-    waiting.__exit__(None, None, None)
+    with engine.coalesce_grad_reduction():
+        try:
+            yield
+        except BaseException:
+            # DeepSpeed would average here too, and wait for ranks that did not fail: what failed were never said.
+            engine._flush_coalesced_reduction_zero12 = engine._flush_coalesced_reduction_zero3 = lambda _: None
+            raise
 
 
 def task_backward(

@@ -256,9 +256,13 @@ class Sieve:
         """
         written = [output for output in self.outputs.values() if output.rows]
         all_names = report["files"] | dict.fromkeys(self._earlier)
+        note = (self._folder / REPORT).with_suffix(".partial")
         with self._writing():
-            # Should this be killed in the middle, the next run knows whose files they are.
-            (self._folder / REPORT).with_suffix(".partial").write_text(json.dumps(report | {"files": all_names}))
+            try:  # should this be killed in the middle, the next run knows whose files they are
+                note.write_text(json.dumps(report | {"files": all_names}))
+            except OSError:
+                note.unlink(missing_ok=True)
+                raise
             (self._folder / REPORT).unlink(missing_ok=True)
             for name in self._earlier:
                 (self._folder / name).unlink(missing_ok=True)
@@ -269,11 +273,13 @@ class Sieve:
             except BaseException:  # Ctrl-C too
                 for output in written:
                     (self._folder / output.name).unlink(missing_ok=True)
+                note.unlink(missing_ok=True)
                 raise
 
     def discard(self) -> None:
         """Remove what is not published."""
-        (self._folder / REPORT).with_suffix(".partial").unlink(missing_ok=True)
+        if (self._folder / REPORT).exists():  # else it says whose the files are that were given names
+            (self._folder / REPORT).with_suffix(".partial").unlink(missing_ok=True)
         for split in _SPLITS:
             for path in self._folder.glob(f"{split}.*.jsonl*.partial"):
                 path.unlink(missing_ok=True)

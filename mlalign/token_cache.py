@@ -36,7 +36,7 @@ from mlalign.examples import Counts, PackedRows
 from mlalign.rows import is_local, local_files
 from mlalign.tracker import say
 
-FORMAT = 2  #: to be raised whenever the same rows come to other tokens, or an entry to another form
+FORMAT = 3  #: to be raised whenever the same rows come to other tokens, or an entry to another form
 _UNUSED_SECONDS = 30 * 24 * 60 * 60
 _PACKAGES = ("tokenizers", "transformers", "jinja2", "datasets")
 

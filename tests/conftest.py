@@ -10,7 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ def _serve(rank: int, size: int, port: str, pipe) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=port,
     )
+    _mind_strides()
     from mlalign import distributed
 
     distributed.init()
@@ -115,6 +116,24 @@ def _serve(rank: int, size: int, port: str, pipe) -> None:
             pipe.send((True, function(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+def _mind_strides() -> None:
+    """Refuse what only gloo forgives: NCCL sends and writes memory as it lies, whatever strides a tensor has."""
+    sending = ("all_reduce", "broadcast", "send", "recv", "all_gather_into_tensor", "reduce_scatter_tensor")
+    for name in (*sending, "all_gather_single", "reduce_scatter_single"):
+        if hasattr(torch.distributed, name):
+            setattr(torch.distributed, name, _minding_strides(getattr(torch.distributed, name)))
+
+
+def _minding_strides(collective: Callable) -> Callable:
+    @wraps(collective)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
+        assert all(each.is_contiguous() for each in tensors), f"{collective.__name__} of a tensor not in row order"
+        return collective(*args, **kwargs)
+
+    return checked
 
 
 @pytest.fixture(scope="session")

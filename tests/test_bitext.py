@@ -1,6 +1,7 @@
 """Bitext in every layout it comes in, the sentences it must not hold, and one sentence for what is wrong."""
 
 import gzip
+import itertools
 import json
 import zipfile
 from collections import Counter
@@ -56,6 +57,15 @@ def test_moses_pairs(tmp_path, packed):
     items, _ = read(bitext, tmp_path / "de-en.txt.zip")
     assert sentences(items) == EXPECTED and items[2].row["id"] == "OPUS.de-en-3"
     assert read(bitext, tmp_path, splits=("dev", "test"))[0] == []
+
+
+def test_an_archive_of_several_pairs(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for pair, code in itertools.product(("de-en", "fr-en"), ("de", "fr", "en")):
+            if code in pair:
+                archive.writestr(f"X.{pair}.{code}", f"{code} of {pair}\n")
+    items, _ = read(bitext, tmp_path / "x.zip")
+    assert [item.texts for item in items] == [("de of de-en", "en of de-en"), ("fr of fr-en", "en of fr-en")]
 
 
 def test_formatting_in_tmx_is_no_text(tmp_path):

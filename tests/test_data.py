@@ -411,6 +411,9 @@ def test_mapped_sides_win_over_a_translation(tmp_path, tokenizer):
     columns = {"src": "a", "tgt": "b", "src_lang": "l1", "tgt_lang": "l2"}
     (pair,), _ = bitext(tmp_path, tokenizer, row, columns=columns)
     assert "clean" in tokenizer.decode(pair.tgt)
+    row |= {"translation": "clean"}  # a column may have that name, and be one side
+    (again,), _ = bitext(tmp_path, tokenizer, row, columns=columns | {"tgt": "translation"})
+    assert again.tgt == pair.tgt
 
 
 def test_what_a_template_puts_before_a_first_answer_is_not_learned(tmp_path, tokenizer):

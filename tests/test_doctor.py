@@ -134,7 +134,6 @@ def test_other_versions_files_and_notes_on_another_rank_are_said(tmp_path, recip
         ({"task": {"max_length": 4000}}, "task.max_length is 4000, but the model has 256 positions"),
         ({"run_dir": "/proc/run"}, "disk: /proc cannot be written"),
         ({"model": {"compile": True}, "deepspeed": "ds_configs/zero3.json"}, "config: model.compile needs ZeRO stage"),
-        ({"model": {"attention": "flash_attention_2"}}, "attention: model.attention is flash_attention_2, for which"),
     ],
 )
 def test_what_a_recipe_lacks(recipe, changes, sentence):
@@ -144,6 +143,16 @@ def test_what_a_recipe_lacks(recipe, changes, sentence):
 def problems_of(recipe: Path) -> list[str]:
     findings = checks.check_here(Config.model_validate(OmegaConf.to_container(OmegaConf.load(recipe))))
     return [f"{one.subject}: {one.text}" for one in findings if one.level == "problem"]
+
+
+@pytest.mark.parametrize(("cuda", "level"), [(True, "problem"), (False, "note")])
+def test_flash_attention_that_is_not_there(recipe, monkeypatch, cuda, level):
+    monkeypatch.setattr(checks, "is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr(checks.distributed, "uses_cuda", lambda: cuda)
+    values = OmegaConf.to_container(OmegaConf.load(recipe(model={"attention": "flash_attention_2"})))
+    (finding,) = checks._attention(Config.model_validate(values))
+    assert (finding.level, finding.subject) == (level, "attention")
+    assert "needs flash-attn and a GPU" in finding.text
 
 
 def test_weights_that_are_not_all_there(tmp_path, recipe, tiny_model):

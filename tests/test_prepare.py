@@ -412,6 +412,10 @@ def test_a_run_killed_while_it_gives_names_can_be_repeated(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", killed], capture_output=True).returncode == -9
     assert "prepare.json" not in names(tmp_path / "out")
+    source.rename(tmp_path / "away")
+    with pytest.raises(UserError, match="is no directory"):  # the next one fails too, before it has anything
+        run("massive", source, tmp_path / "out")
+    (tmp_path / "away").rename(source)
     run("massive", source, tmp_path / "out")
     assert {name: (tmp_path / "out" / name).read_bytes() for name in names(tmp_path / "out")} == whole
 

@@ -40,38 +40,29 @@ def relative_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tenso
     return float((difference / sum(weight.double().square().sum() for weight in wanted.values())).sqrt())
 
 
-def memory_of_collectives() -> list[tuple[str, list[bool]]]:
-    """On one rank of many: the collectives of an alignment loss, and whether each tensor's memory is in row order."""
+def gradient_of_gathered_rows(strided: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """On one rank of many: the gradient of its rows where rank r has r + 1 times their numbers; and what it must be."""
     from mlalign import distributed
-    from mlalign.config import Alignment
-    from mlalign.objectives import alignment_loss
 
-    found = []
-    usual = {name: getattr(distributed, name) for name in ("_gather_into", "_reduce_scatter")}
-
-    def noting(name: str):
-        def collective(*tensors: torch.Tensor) -> None:
-            found.append((name, [tensor.is_contiguous() for tensor in tensors]))
-            usual[name](*tensors)
-
-        return collective
-
-    try:
-        for name in usual:
-            setattr(distributed, name, noting(name))
-        embeddings = torch.randn(2, 5, 7, requires_grad=True)
-        alignment_loss(embeddings, torch.arange(15).view(5, 3), Alignment(train="x")).backward()
-    finally:
-        for name, collective in usual.items():
-            setattr(distributed, name, collective)
-    return found
+    size, rank = distributed.world_size(), distributed.rank()
+    numbers = torch.arange(24.0 * size).view(2, 3 * size, 4)
+    own = torch.zeros(2, 3, 4, requires_grad=True)
+    every = distributed.gather_rows_with_grad(own.transpose(0, 1)).transpose(0, 1)
+    (every * numbers * (rank + 1)).sum().backward()
+    if strided:
+        torch.distributed.all_reduce(numbers.transpose(0, 1))
+    return own.grad, numbers[:, 3 * rank : 3 * rank + 3] * sum(range(1, size + 1))
 
 
-def test_collectives_get_memory_in_row_order(ranks):
-    """NCCL sends and writes memory as it lies, without a look at strides; gloo, on which the rest is tested, looks."""
-    found = ranks(2).run(memory_of_collectives)[0]
-    assert [name for name, _ in found] == ["_gather_into", "_gather_into", "_reduce_scatter"]
-    assert all(all(each) for _, each in found)
+def test_gathered_rows_get_the_gradients_of_all_ranks(ranks):
+    for found, wanted in ranks(2).run(gradient_of_gathered_rows, False):
+        assert torch.equal(found, wanted)
+
+
+def test_a_collective_of_a_tensor_with_strides_is_refused_here(ranks):
+    """Every test on ranks would notice what NCCL would take for other numbers."""
+    with pytest.raises(AssertionError, match="all_reduce of a tensor not in row order"):
+        ranks(2).run(gradient_of_gathered_rows, True)
 
 
 @pytest.fixture(scope="module")

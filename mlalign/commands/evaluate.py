@@ -242,7 +242,7 @@ def _claim(settings: Settings, decoding: Decoding, tests: dict[str, _Tests], fol
     if path.exists():
         before = read_evaluation(folder)
         done = [language for language in before["rows"] if prediction_file(folder, language).exists()]
-        checked = [name for name in how if name not in ("rows", "tests")]
+        checked = [name for name in how if name not in ("rows", "tests", "trust_remote_code")]
         if how["precision"] == "fp32":  # where the size of a batch makes no difference but in time
             checked.remove("batch_size")
         different = [name for name in checked if how[name] != before.get(name)]

@@ -34,7 +34,7 @@ from mlalign.corpora.item import (
     refuse_unknown,
     undamaged,
 )
-from mlalign.data import bitext_fields
+from mlalign.data import bitext_fields, row_id
 from mlalign.errors import UserError
 from mlalign.languages import language_of
 from mlalign.rows import REPORT, is_local, matching, read_rows
@@ -98,7 +98,7 @@ class _Wanted:
 
 def _read_files(source: str, wanted: _Wanted, pivot: str | None, notes: Counter[str]) -> Iterator[Item]:
     moses: dict[tuple[Path, str], _Pair] = {}  # (folder, name without language) -> languages
-    tmx, archives, rows, texts = [], [], [], []
+    tmx, archives, rows, texts, others = [], [], [], [], []
     paths = _paths(source)
     root = commonpath(path.parent for path in paths)
 
@@ -119,7 +119,9 @@ def _read_files(source: str, wanted: _Wanted, pivot: str | None, notes: Counter[
         elif path.suffix in _PLAIN:
             texts.append(path)
         else:
-            notes[f"files that were not read, such as {path.name}"] += 1
+            others.append(path)
+    if others:
+        notes[f"files that were not read, such as {others[0].name}"] += len(others)
     pairs = [*(folder / stem for folder, stem in moses), *tmx, *archives, *rows]
     if not pairs and not texts:
         raise UserError(
@@ -195,8 +197,8 @@ def _read_archive(path: Path, folder: str, wanted: _Wanted) -> Iterator[Item]:
                 raise UserError(f"{path} lacks {lacking[0]}, the other side of a pair")
             if wanted(pair, path):
                 with archive.open(sides[0]) as src, archive.open(sides[1]) as tgt:
-                    names = (f"{path}, {sides[0]}", f"{path}, {sides[1]}")
-                    yield from _line_pairs((src, tgt), names, pair, (PurePosixPath(folder) / stem).as_posix())
+                    places = (f"{path}, {sides[0]}", f"{path}, {sides[1]}")
+                    yield from _line_pairs((src, tgt), places, pair, (PurePosixPath(folder) / stem).as_posix())
 
 
 def _line_pairs(files: tuple[IO[bytes], IO[bytes]], names: _Pair, pair: _Pair, prefix: str) -> Iterator[Item]:
@@ -308,8 +310,7 @@ def _read_rows(path: Path, prefix: str, wanted: _Wanted) -> Iterator[Item]:
     for number, (where, row) in enumerate(read_rows(Source(path=glob.escape(str(path)))), 1):
         src, tgt, pair = bitext_fields(row, where)
         if wanted(pair, where):
-            id_ = f"{prefix}-{number}" if row.get("id") is None else str(row["id"])
-            yield _item("train", pair, src, tgt, id_, where)
+            yield _item("train", pair, src, tgt, row_id(row) or f"{prefix}-{number}", where)
 
 
 def _read_hub(source: str, splits: Collection[str], wanted: _Wanted) -> Iterator[Item]:
@@ -323,7 +324,7 @@ def _read_hub(source: str, splits: Collection[str], wanted: _Wanted) -> Iterator
             counts[split] += 1
             src, tgt, pair = bitext_fields(row, where)
             if wanted(pair, where):
-                number = counts[split] if row.get("id") is None else row["id"]
+                number = row_id(row) or counts[split]
                 yield _item(split, pair, src, tgt, f"{name}-{configuration}-{split}-{number}", where)
 
 
