@@ -28,4 +28,4 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) runs/demo build dist *.egg-info

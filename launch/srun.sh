@@ -7,5 +7,7 @@ case ${1:-} in train | doctor | evaluate | probe | merge | plan) verb=$1 && shif
 nproc=${NPROC:-${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 unset SLURM_EXPORT_ENV # or a job that was submitted with --export=NONE would start its tasks without PATH
-exec srun --nodes "${SLURM_JOB_NUM_NODES:-1}" --ntasks-per-node "$nproc" --kill-on-bad-exit=1 ${SRUN_FLAGS:-} \
+nodes=${SLURM_JOB_NUM_NODES:-1}
+# Without --ntasks the allocation's own number of tasks would count.
+exec srun --nodes "$nodes" --ntasks $((nodes * nproc)) --ntasks-per-node "$nproc" --kill-on-bad-exit=1 ${SRUN_FLAGS:-} \
     python -m mlalign "$verb" "$@"

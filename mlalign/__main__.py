@@ -1,6 +1,7 @@
 """The command line: `mlalign VERB ...` or `python -m mlalign VERB ...`; a verb imports what it needs when it runs."""
 
 import os
+import signal
 import sys
 import time
 import warnings
@@ -359,6 +360,9 @@ def main() -> None:
     if not any(map(os.path.exists, _GPU_DRIVERS)):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns of having to find that out
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch")  # of theirs to each other
+    if "MLALIGN_JOB_DIR" in os.environ:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, _stop_before_it_begins)
     try:
         app(standalone_mode=True)
     except SystemExit as leaving:  # the way out of every verb that succeeded, or was called with unknown options
@@ -393,6 +397,13 @@ def main() -> None:
         sentence = "memory is used up: try a smaller --batch-size, or fewer tokens, layers or sentences at a time"
         jobs.say_error(rank_of(), sentence)
         _leave(2, f"error: rank {rank_of()}: {sentence}")
+
+
+def _stop_before_it_begins(number: int, frame: object) -> None:
+    """A job that is preempted while it imports, tokenises or loads has not crashed: it is to be started again."""
+    if rank_of() == 0:
+        jobs.say_stopped()
+    _leave(0, "stopped by a signal before it had begun")
 
 
 def _leave(code: int, sentence: str = "") -> None:

@@ -14,10 +14,12 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
+import numpy
 import safetensors.torch
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
@@ -26,12 +28,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mlalign import distributed, jobs, resharding
-from mlalign.durable import fault, sync_folder, write_hashed
+from mlalign.durable import Hashed, fault, sync_folder, write_hashed
 from mlalign.errors import UserError
 from mlalign.rundir import digest, write_whole
 from mlalign.tracker import say
 
 _STATE = "state.json"
+_DTYPES = {torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}  # in safetensors' words
 _FORMAT = 3  #: of a checkpoint; 1 held DeepSpeed's own files, 2 no rows of the bitext
 
 Files = Iterable[tuple[str, dict[str, torch.Tensor]]]  # names, and what goes into them
@@ -93,7 +96,7 @@ class Saver:
     def _files(self, own: dict[str, torch.Tensor]) -> Files:
         rank = distributed.rank()
         yield f"rank-{rank}.safetensors", own
-        for number, tensors in enumerate(resharding.parts(self._engine)):
+        for number, tensors in enumerate(resharding.parts(self._engine, copy=self._in_background)):
             self._touch()
             yield f"trained-{rank}-{number}.safetensors", tensors
 
@@ -126,6 +129,7 @@ class Saver:
         write_hashed(self._partial / name / _STATE, lambda file: file.write(_sealed(state)))
         sync_folder(self._partial / name)
         old = folder / f"{name}.old"  # an evaluation after a resume saves the same step again
+        shutil.rmtree(old, ignore_errors=True)
         if (folder / name).exists():
             (folder / name).rename(old)
         (self._partial / name).rename(folder / name)
@@ -146,12 +150,25 @@ def _write_files(folder: Path, files: Files, touch: Callable[[], None]) -> _Writ
     try:
         folder.mkdir(parents=True, exist_ok=True)  # it is there; a network file system may not have shown it yet
         for name, tensors in files:
-            content = safetensors.torch.save(tensors)
-            sha256[name] = write_hashed(folder / name, lambda file, content=content: file.write(content))
+            sha256[name] = write_hashed(folder / name, partial(_write_tensors, tensors))
             touch()
     except Exception as error:
         return _Written(sha256, str(error))
     return _Written(sha256, None)
+
+
+def _write_tensors(tensors: dict[str, torch.Tensor], file: Hashed) -> None:
+    """What `safetensors.torch.save` gives, but without a second copy of it all in memory."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for tensor in tensors.values():
+        file.write(tensor.contiguous().view(-1).numpy().view(numpy.uint8))
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def _devices() -> Iterator[Finding]:
             yield Finding("note", "GPUs", "they have no bf16: set model.precision=fp32, it is faster there")
     elif torch.cuda.is_available():
         yield Finding("note", "GPUs", "DS_ACCELERATOR=cpu leaves them alone: unset it to train on them")
-    elif os.path.exists("/proc/driver/nvidia/version"):
+    elif os.path.exists("/proc/driver/nvidia/version") and os.environ.get("DS_ACCELERATOR") != "cpu":
         reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch cannot use it"
         yield Finding(
             "problem", "GPUs", f"there is an NVIDIA driver, but {reason}: see pytorch.org, or DS_ACCELERATOR=cpu"

@@ -20,7 +20,7 @@ from mlalign import launchers
 from mlalign.errors import NotMetError, StoppedError, UserError
 from mlalign.launchers import Place
 
-_TIMEOUT = timedelta(minutes=30)  # of a collective
+_TIMEOUT = timedelta(hours=2)  # of a collective: one host may have to tokenise while the others find it done
 _met_at: dist.Store | None = None  # where the ranks found each other
 _local_rank = 0
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO
 
 
-class _Hashed:
+class Hashed:
     """What goes through it into a file, goes into a hash too."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -21,13 +21,13 @@ class _Hashed:
         self._file.flush()
 
 
-def write_hashed(path: Path, write: Callable[[_Hashed], object]) -> str:
+def write_hashed(path: Path, write: Callable[[Hashed], object]) -> str:
     """Have `write` write a file from its beginning to its end, and wait until it is on the disk.
 
     Returns: the SHA-256 of what was to be written. Raises OSError.
     """
     with path.open("wb") as file:
-        hashed = _Hashed(file)
+        hashed = Hashed(file)
         write(hashed)
         file.flush()
         os.fsync(file.fileno())

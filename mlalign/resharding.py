@@ -1,6 +1,6 @@
 """What a run has trained, by parameter and place: any number of ranks and ZeRO stage reads what any other wrote.
 
-    for tensors in parts(engine): ...     this rank's share, a GiB at a time, in host memory
+    for tensors in parts(engine, copy): ...   this rank's share, 256 MiB at a time, in host memory
     restore(engine, folder, names, steps) from the files of all ranks, however many they were
 
 DeepSpeed lays trainable parameters out flat and cuts that into one partition a rank; its checkpoints hold the
@@ -22,7 +22,7 @@ from mlalign import distributed
 from mlalign.errors import UserError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of what Adam keeps
-_PART = 2**30  #: bytes
+_PART = 2**28  #: bytes
 
 
 class _Piece(NamedTuple):
@@ -81,18 +81,24 @@ def _share(piece: _Piece) -> _Piece:
     return piece._replace(offset=start, start=start, count=min(size, piece.count - start))
 
 
-def parts(engine) -> Iterator[dict[str, torch.Tensor]]:
-    """Copies in host memory of this rank's share: masters and Adam's moments as `what/offset/name`, fp32 and flat.
+def _cut(piece: _Piece) -> Iterator[_Piece]:
+    """A piece as several of at most a part's size; none of an empty one."""
+    size = _PART // 4
+    for at in range(0, piece.count, size):
+        yield piece._replace(offset=piece.offset + at, start=piece.start + at, count=min(size, piece.count - at))
+
+
+def parts(engine, copy: bool) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's share in host memory: masters and Adam's moments as `what/offset/name`, fp32 and flat.
 
     Together the ranks' shares are whole, each element once. Nothing here waits for another rank.
+    Args: copy: also of what is in host memory already, so that a next step does not change it.
     """
     pieces = _pieces(engine)
     if engine.zero_optimization_stage() == 0:  # all ranks hold all
         pieces = [_share(piece) for piece in pieces]
     part, size = {}, 0
-    for piece in pieces:
-        if not piece.count:
-            continue
+    for piece in (cut for whole in pieces for cut in _cut(whole)):
         held = {"master": piece.master, **engine.basic_optimizer.state.get(piece.master, {})}
         for what in ("master", *_MOMENTS):
             # Adam makes its moments with its first update
@@ -100,7 +106,7 @@ def parts(engine) -> Iterator[dict[str, torch.Tensor]]:
             if size + values.nbytes > _PART and part:
                 yield part
                 part, size = {}, 0
-            part[f"{what}/{piece.offset}/{piece.name}"] = values.to("cpu", copy=True)
+            part[f"{what}/{piece.offset}/{piece.name}"] = values.to("cpu", copy=copy)
             size += values.nbytes
     yield part
 

@@ -16,6 +16,9 @@ run_job() {
     shift
     export MLALIGN_JOB_DIR=$dir
     mkdir -p "$dir"
+    local warned= step=
+    trap 'say "warned by USR1: stopping after the step that runs"; warned=yes; [ -z "$step" ] || kill -USR1 $step 2>/dev/null || :' USR1
+    trap 'warned=yes; [ -z "$step" ] || kill -TERM $step 2>/dev/null || :' TERM
     prepare_environment
     stage "$@"
     rm -f "$dir/stopped" "$dir"/error-rank-*
@@ -27,10 +30,11 @@ run_job() {
         *) say "CONTAINER_RUNTIME is $CONTAINER_RUNTIME, expected none, pyxis or apptainer" && exit 2 ;;
     esac
     say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)): mlalign $verb $* on $SLURM_JOB_NODELIST; logs in $dir"
-    local inputs=() warned=
+    local inputs=()
     [ "$verb" != train ] || inputs=("${STAGED[@]}")
     rc=0
-    [ "${DOCTOR:-yes}" = no ] || run_step doctor "${inputs[@]}"
+    [ "${DOCTOR:-yes}" = no ] || [ -n "$warned" ] || run_step doctor "${inputs[@]}"
+    [ -z "$warned" ] || [ -e "$dir/stopped" ] || rc=1 # asked to stop where nothing had begun
     [ $rc -ne 0 ] || [ -e "$dir/stopped" ] || run_step "$verb" "${STAGED[@]}"
     unstage
     if [ -e "$dir/stopped" ]; then
@@ -52,11 +56,10 @@ run_job() {
 run_step() {
     "${command[@]}" python -m mlalign "$@" &
     step=$!
-    trap 'say "warned by USR1: stopping after the step that runs"; warned=yes; kill -USR1 $step' USR1
-    trap 'warned=yes; kill -TERM $step' TERM
     # A trapped signal ends `wait`, not srun: wait again until it is gone.
     while wait $step && rc=0 || rc=$?; kill -0 $step 2>/dev/null; do :; done
     wait $step && rc=0 || rc=$? # its own exit code, where the signal came with its end
+    step=
 }
 
 prepare_environment() {
@@ -81,11 +84,26 @@ prepare_environment() {
 stage() {
     STAGED=("$@")
     [ -n "${STAGE_DIR:-}" ] || return 0
+    STAGE_DIR=${STAGE_DIR%/}
+    local word before= pattern
+    for word in "$@"; do
+        case $before$word in
+            "run_dir=$STAGE_DIR"/* | "--output=$STAGE_DIR"/* | "--output$STAGE_DIR"/*)
+                say "$before $word lies in STAGE_DIR, whose copy is taken away at the end: write elsewhere" && exit 2 ;;
+        esac
+        before=
+        [ "$word" != --output ] || before=--output
+    done
     staged_copy=${LOCAL_DIR:?STAGE_DIR needs LOCAL_DIR, the local disk of a node}/mlalign-$(id -un)
     staged_copy+=/staged-$(cksum <<<"$STAGE_DIR" | cut -d' ' -f1)
     say "staging $STAGE_DIR to $staged_copy"
     on_every_node in
-    STAGED=("${@//$STAGE_DIR/$staged_copy}")
+    # Whole paths only: /data is not the beginning of /data2, nor the end of /my/data.
+    pattern=$(sed 's/[][(){}.*+?^$|\\#]/\\&/g' <<<"$STAGE_DIR")
+    STAGED=()
+    for word in "$@"; do
+        STAGED+=("$(sed -E "s#(^|[]=,[{ '\":])$pattern(/|\$|[],} '\"])#\1$staged_copy\2#g" <<<"$word")")
+    done
 }
 
 # The next attempt may get other nodes.

@@ -21,6 +21,13 @@ def path(tmp_path, settings) -> Path:
     return tmp_path / "c.yaml"
 
 
+def test_a_shipped_recipe_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load("mlalign/recipes/slot_filling.yaml", ["model.path=x"]).model.path == "x"
+    with pytest.raises(UserError, match=r"config recipes/slot_filling\.yaml does not exist"):
+        load("recipes/slot_filling.yaml", ["model.path=x"])
+
+
 def test_overrides_win_and_keep_their_types(path):
     config = load(path, ["optimizer.lr=1e-4", "alignment.layer=3", "lora=null", "task.train=[a.jsonl, b.jsonl]"])
     assert config.optimizer.lr == 1e-4

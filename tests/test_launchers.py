@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -200,6 +203,41 @@ def test_a_meeting_that_fails_is_one_sentence_in_time(environment, message):
     said = done.stdout.strip().splitlines()[-1]
     assert message.format(port=port) in said
     assert said.startswith(f"rank {environment['RANK']} on host {socket.gethostname()}") or "RENDEZVOUS" in said
+
+
+def test_deepspeed_takes_the_gpus_that_are_visible(tmp_path):
+    """Beside a number of GPUs the launcher forgets CUDA_VISIBLE_DEVICES, and takes the first ones of the machine."""
+    stand_in = tmp_path / "deepspeed"
+    stand_in.write_text('#!/bin/sh\necho "$@"\n')
+    stand_in.chmod(0o755)
+
+    def launch(**environment: str) -> subprocess.CompletedProcess:
+        usual = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+        usual |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MASTER_PORT": "1", "NPROC": "2"}
+        script = Path(__file__).parent.parent / "launch" / "deepspeed.sh"
+        return subprocess.run([script, "c.yaml"], env=usual | environment, capture_output=True, text=True)
+
+    assert "--include localhost:2,3 --no_local_rank" in launch(CUDA_VISIBLE_DEVICES="2,3,5").stdout
+    assert "--num_accelerators 2 --no_local_rank" in launch().stdout
+    assert "--num_accelerators 2 --no_local_rank" in launch(CUDA_VISIBLE_DEVICES="0", DS_ACCELERATOR="cpu").stdout
+    refused = launch(CUDA_VISIBLE_DEVICES="GPU-1a2b")
+    assert refused.returncode == 2
+    assert "use launch/torchrun.sh" in refused.stderr
+
+
+def test_a_job_that_is_stopped_while_it_loads_has_not_crashed(tmp_path, settings):
+    OmegaConf.save(OmegaConf.create(settings), tmp_path / "c.yaml")
+    environment = alone_in_the_world() | {"MLALIGN_JOB_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "mlalign", "train", str(tmp_path / "c.yaml")]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    listening = 1 << (signal.SIGTERM - 1)
+    status = Path(f"/proc/{process.pid}/status")
+    while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) & listening:
+        time.sleep(0.02)
+    process.terminate()
+    assert "stopped by a signal before it had begun" in process.communicate(timeout=120)[1]
+    assert process.returncode == 0
+    assert (tmp_path / "stopped").exists()
 
 
 def test_a_port_that_is_taken_is_one_sentence():

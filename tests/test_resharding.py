@@ -125,7 +125,7 @@ def odd_shares(folder: str, stage: int, read: bool, steps: int) -> None:
             engine.step()
     target = place / ("second" if read else "first")
     target.mkdir(exist_ok=True)
-    for number, tensors in enumerate(resharding.parts(engine)):
+    for number, tensors in enumerate(resharding.parts(engine, copy=True)):
         save_file(tensors, target / f"trained-{distributed.rank()}-{number}.safetensors")
     assert resharding.adam_steps(engine) == steps
     engine.destroy()

@@ -341,7 +341,7 @@ def test_srun_gives_the_losses_of_torchrun(cluster, recipe):
     here, run_here = recipe("torchrun", optimizer={"steps": 3})
     there, run_there = recipe("srun", optimizer={"steps": 3})
     wrapped = f"--wrap=NPROC=2 {ROOT}/launch/srun.sh {there}"
-    words = ["--nodes=1", "--ntasks-per-node=2", "--output=srun.log"]
+    words = ["--nodes=1", "--ntasks=1", "--exclusive", "--output=srun.log"]  # NPROC counts, not --ntasks
     job = re.search(r"\d+", cluster.ask("sbatch", *words, wrapped))[0]
     cluster.ask(ROOT / "launch" / "torchrun.sh", here, NPROC="2", timeout=240)
     assert cluster.wait(job)["JobState"] == "COMPLETED", (cluster.folder / "srun.log").read_text()
@@ -384,6 +384,42 @@ def test_a_sweep_with_staged_data_in_a_container(cluster, recipe, rows, tmp_path
     assert Path(staged).parent.name == Path(resolved[1].task.train[0].path).parent.name  # whatever the job's id
     assert [path.suffix for path in (tmp_path / "local").glob("mlalign-*/*")] == [".lock"]  # copies go with their jobs
     assert (tmp_path / "note").read_text().split()[:3] == ["exec", "--nv", "--bind"]
+
+
+def staged(source: str, *words: str) -> subprocess.CompletedProcess:
+    """What `stage` of job.sh makes of a command's words; nothing is copied."""
+    script = f'source {ROOT}/slurm/job.sh; on_every_node() {{ :; }}; stage "$@"; printf "%s\\n" "${{STAGED[@]}}"'
+    environment = {"STAGE_DIR": source, "LOCAL_DIR": "/l", "SLURM_JOB_ID": "1", "MLALIGN_SITE": "/none"}
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script, "job", *words],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_only_paths_in_the_staged_directory_are_changed():
+    words = [
+        "task.train=/p/data/a.jsonl",
+        "task.dev=[/p/data/b,/p/data2/b]",
+        "/p/data",
+        "run_dir=/p/data2/x",
+        "/q/p/data/c",
+    ]
+    for source in ("/p/data", "/p/data/"):
+        _, *found = staged(source, *words).stdout.splitlines()
+        copy = found[2]
+        assert re.fullmatch(r"/l/mlalign-.*/staged-\d+", copy)
+        assert found == [f"task.train={copy}/a.jsonl", f"task.dev=[{copy}/b,/p/data2/b]", copy, *words[3:]]
+    done = staged("/p.ata", "--test", "/p/data/*")
+    assert done.stdout.splitlines()[1:] == ["--test", "/p/data/*"]
+
+
+@pytest.mark.parametrize("words", [["run_dir=/p/data/runs"], ["--output", "/p/data/out"], ["--output=/p/data/out"]])
+def test_results_in_the_staged_directory_are_refused(words):
+    done = staged("/p/data", "recipe.yaml", *words)
+    assert done.returncode == 2
+    assert "lies in STAGE_DIR, whose copy is taken away at the end" in done.stdout
 
 
 def test_staged_copies_are_whole_shared_and_taken_away(cluster, tmp_path):

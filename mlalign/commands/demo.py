@@ -20,6 +20,7 @@ from rich.table import Table
 from mlalign import demo_data
 from mlalign.base_model import Shape, train_base
 from mlalign.errors import UserError
+from mlalign.launchers import free_port
 from mlalign.plots import plot_scores
 from mlalign.tracker import console, say
 
@@ -171,7 +172,7 @@ def _train_base(text: list[str], folder: Path, seed: int) -> None:
 def _launch(*arguments: object) -> None:
     """`mlalign ...` on RANKS ranks under the deepspeed launcher."""
     launcher = Path(sys.executable).with_name("deepspeed")
-    options = ["--num_accelerators", RANKS, "--no_local_rank", "--log_level", "error"]
+    options = ["--master_port", free_port(), "--num_accelerators", RANKS, "--no_local_rank", "--log_level", "error"]
     _run([launcher, *options, "--module", "mlalign", *arguments], threads=1)
 
 

@@ -132,6 +132,7 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
             watch.at(f"{objective} batch", progress.step + 1)
 
         engine.train()
+        meter.restart_clock()
         while True:
             watch.at("decisions", progress.step)
             stop = asked_to_stop()
