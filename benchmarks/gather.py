@@ -112,7 +112,8 @@ def show_paper(networks: list[paper.Network]) -> None:
         for ranks in GPUS:
             traffic = paper.embeddings(pairs, model.hidden, ranks)
             columns = traffic[0].whole
-            sizes = (paper.moved(columns, ranks), columns, 4 * pairs * pairs * ranks)
+            block = 4 * paper.block_rows(pairs, ranks) * pairs * ranks
+            sizes = (paper.moved(columns, ranks), columns, block)
             products = paper.similarity_seconds(pairs, model.hidden, ranks)
             times = (products, *(paper.seconds(traffic, ranks, network) for network in networks))
             shown = (f"{seconds * 1e3:,.1f} ({seconds / step:,.1%})" for seconds in times)

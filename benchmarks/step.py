@@ -11,7 +11,8 @@ The limit is from token counts alone. An alignment token passes k of L blocks, a
 one the LM head: with A, T and n of them, joint / task is at least 1 + A k / (T L + n head / block), block and head
 being the weights of one of each, for forward and backward do the same number of multiplications with every weight.
 `--peak` adds the share of so many TFLOP/s that these are: 4 a weight and token, for adapters need no gradient of the
-frozen weights. Memory is the GPU's peak; on CPUs the process's, above what it had before the model was loaded.
+frozen weights. Seconds, and what is divided by them, are means over the steps; ratios to the task's step are medians.
+Memory is the GPU's peak; on CPUs the process's, above what it had before the model was loaded.
 """
 
 import argparse
@@ -82,10 +83,10 @@ def write_rows(folder: Path) -> tuple[str, str]:
 
 
 def count_tokens(config: Config, steps: int) -> Tokens:
-    """Of the first steps."""
+    """Of so many steps after the first one."""
     dataset = load_dataset(config, load_tokenizer(config.model))
-    rows = dataset.orders["task"].take(steps * ROWS)
-    pairs = dataset.orders["alignment"].take(steps * ROWS)
+    rows = dataset.orders["task"].take((1 + steps) * ROWS)[ROWS:]
+    pairs = dataset.orders["alignment"].take((1 + steps) * ROWS)[ROWS:]
     learned = sum(row.learned for row in rows)
     return Tokens(sum(map(len, rows)) / steps, learned / steps, sum(map(len, pairs)) / steps)
 
@@ -130,7 +131,7 @@ def main(options: argparse.Namespace) -> None:
             "deepspeed": "ds_configs/zero1.json" if uses_cuda() else None,
         }
         found = measure({name: values | changes for name, changes in VARIANTS.items()}, options.rounds)
-        tokens = count_tokens(Config.model_validate(values), 1 + options.rounds)
+        tokens = count_tokens(Config.model_validate(values), options.rounds)
     report(found, tokens, multiplications(shape, tokens), options.peak)
 
 
@@ -143,7 +144,10 @@ def report(
     if peak:
         table.add_column(f"of {peak:g} TFLOP/s")
     for name, steps in found.items():
-        kind, seconds = name.partition(",")[0], statistics.median(second for second, _ in steps)
+        kind, seconds = (
+            name.partition(",")[0],
+            statistics.mean(second for second, _ in steps),
+        )  # as tokens: lengths vary
         of_task = statistics.median(second / other for (second, _), (other, _) in zip(steps, found["task"]))
         row = [name, f"{seconds:.2f}", f"{passed[kind] / seconds:,.0f}", f"{of_task:.2f}"]
         row += [f"{least:.2f}", f"{of_task / least:.2f}"] if kind == "joint" else ["", ""]

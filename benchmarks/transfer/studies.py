@@ -66,7 +66,7 @@ LANGUAGES = (1, 3)  #: in the bitext, beside all there are
 NO_ALIGNMENT = ("alignment=null", "interleave.ratio=1:0")
 
 #: As the paper's code: one objective per micro-batch, InfoNCE one way, negatives of the micro-batch only. A step holds
-#: as many rows and pairs as one of ours.
+#: as many rows and pairs as one of ours, and the loss has our weight.
 AUTHORS = (
     "task.batch_size=16",
     "task.micro_batch_size=16",
