@@ -7,8 +7,13 @@ nproc=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)'
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 port=${MASTER_PORT:-$(python -c 'from mlalign.launchers import free_port; print(free_port())')} # 29500 is every job's
 where=(--num_accelerators "$nproc")
-if [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && [ "${DS_ACCELERATOR:-}" != cpu ]; then # which the launcher forgets beside a number
-    [[ $CUDA_VISIBLE_DEVICES =~ ^[0-9,]+$ ]] || { echo "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: deepspeed knows numbers only, use launch/torchrun.sh" >&2 && exit 2; }
-    where=(--include "localhost:$(cut -d, -f"1-$nproc" <<<"$CUDA_VISIBLE_DEVICES")")
+if [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && [ "${DS_ACCELERATOR:-}" != cpu ] &&
+    [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -gt 0 ]; then # beside a number the launcher forgets it
+    visible=${CUDA_VISIBLE_DEVICES// /}
+    if ! [[ $visible =~ ^([0-9]+,){$((nproc - 1))}[0-9]+(,|$) ]]; then
+        echo "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES is no list of $nproc numbers: use launch/torchrun.sh, or another NPROC" >&2
+        exit 2
+    fi
+    where=(--include "localhost:$(cut -d, -f"1-$nproc" <<<"$visible")")
 fi
 exec deepspeed --master_port "$port" "${where[@]}" --no_local_rank --log_level error --module mlalign "$verb" "$@"

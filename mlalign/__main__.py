@@ -403,7 +403,7 @@ def _stop_before_it_begins(number: int, frame: object) -> None:
     """A job that is preempted while it imports, tokenises or loads has not crashed: it is to be started again."""
     if rank_of() == 0:
         jobs.say_stopped()
-    _leave(0, "stopped by a signal before it had begun")
+    _leave(75, "stopped by a signal before it had begun")  # not 0: the launcher is to end ranks that wait for this one
 
 
 def _leave(code: int, sentence: str = "") -> None:

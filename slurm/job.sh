@@ -17,8 +17,8 @@ run_job() {
     export MLALIGN_JOB_DIR=$dir
     mkdir -p "$dir"
     local warned= step=
-    trap 'say "warned by USR1: stopping after the step that runs"; warned=yes; [ -z "$step" ] || kill -USR1 $step 2>/dev/null || :' USR1
-    trap 'warned=yes; [ -z "$step" ] || kill -TERM $step 2>/dev/null || :' TERM
+    trap 'say "warned by USR1: stopping after the step that runs"; warned=yes; [ -z "${step:-}" ] || kill -USR1 $step 2>/dev/null || :' USR1
+    trap 'warned=yes; [ -z "${step:-}" ] || kill -TERM $step 2>/dev/null || :' TERM
     prepare_environment
     stage "$@"
     rm -f "$dir/stopped" "$dir"/error-rank-*
@@ -56,6 +56,7 @@ run_job() {
 run_step() {
     "${command[@]}" python -m mlalign "$@" &
     step=$!
+    [ -z "$warned" ] || kill -USR1 $step 2>/dev/null || : # of a signal that came just before
     # A trapped signal ends `wait`, not srun: wait again until it is gone.
     while wait $step && rc=0 || rc=$?; kill -0 $step 2>/dev/null; do :; done
     wait $step && rc=0 || rc=$? # its own exit code, where the signal came with its end
@@ -85,9 +86,9 @@ stage() {
     STAGED=("$@")
     [ -n "${STAGE_DIR:-}" ] || return 0
     STAGE_DIR=${STAGE_DIR%/}
-    local word before= pattern
+    local word before= pattern copy
     for word in "$@"; do
-        case $before$word in
+        case $before${word//[\'\"]/}/ in
             "run_dir=$STAGE_DIR"/* | "--output=$STAGE_DIR"/* | "--output$STAGE_DIR"/*)
                 say "$before $word lies in STAGE_DIR, whose copy is taken away at the end: write elsewhere" && exit 2 ;;
         esac
@@ -100,9 +101,10 @@ stage() {
     on_every_node in
     # Whole paths only: /data is not the beginning of /data2, nor the end of /my/data.
     pattern=$(sed 's/[][(){}.*+?^$|\\#]/\\&/g' <<<"$STAGE_DIR")
+    copy=$(sed 's/[&#\\]/\\&/g' <<<"$staged_copy")
     STAGED=()
     for word in "$@"; do
-        STAGED+=("$(sed -E "s#(^|[]=,[{ '\":])$pattern(/|\$|[],} '\"])#\1$staged_copy\2#g" <<<"$word")")
+        STAGED+=("$(sed -E "s#(^|[]=,[{ '\":])$pattern(/|\$|[],} '\"])#\1$copy\2#g" <<<"$word")")
     done
 }
 

@@ -210,9 +210,12 @@ def test_deepspeed_takes_the_gpus_that_are_visible(tmp_path):
     stand_in = tmp_path / "deepspeed"
     stand_in.write_text('#!/bin/sh\necho "$@"\n')
     stand_in.chmod(0o755)
+    (tmp_path / "python").write_text("#!/bin/sh\necho 8\n")  # GPUs
+    (tmp_path / "python").chmod(0o755)
 
     def launch(**environment: str) -> subprocess.CompletedProcess:
-        usual = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+        ours = ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
+        usual = {name: value for name, value in os.environ.items() if name not in ours}
         usual |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MASTER_PORT": "1", "NPROC": "2"}
         script = Path(__file__).parent.parent / "launch" / "deepspeed.sh"
         return subprocess.run([script, "c.yaml"], env=usual | environment, capture_output=True, text=True)
@@ -220,9 +223,14 @@ def test_deepspeed_takes_the_gpus_that_are_visible(tmp_path):
     assert "--include localhost:2,3 --no_local_rank" in launch(CUDA_VISIBLE_DEVICES="2,3,5").stdout
     assert "--num_accelerators 2 --no_local_rank" in launch().stdout
     assert "--num_accelerators 2 --no_local_rank" in launch(CUDA_VISIBLE_DEVICES="0", DS_ACCELERATOR="cpu").stdout
-    refused = launch(CUDA_VISIBLE_DEVICES="GPU-1a2b")
-    assert refused.returncode == 2
-    assert "use launch/torchrun.sh" in refused.stderr
+    for visible in ("GPU-1a2b", "0"):
+        refused = launch(CUDA_VISIBLE_DEVICES=visible)
+        assert refused.returncode == 2
+        assert f"CUDA_VISIBLE_DEVICES={visible} is no list of 2 numbers: use launch/torchrun.sh" in refused.stderr
+    (tmp_path / "python").write_text(
+        "#!/bin/sh\necho 0\n"
+    )  # of a host that has no GPU, and in a container the variable
+    assert "--num_accelerators 2 --no_local_rank" in launch(CUDA_VISIBLE_DEVICES="0").stdout
 
 
 def test_a_job_that_is_stopped_while_it_loads_has_not_crashed(tmp_path, settings):
@@ -236,7 +244,7 @@ def test_a_job_that_is_stopped_while_it_loads_has_not_crashed(tmp_path, settings
         time.sleep(0.02)
     process.terminate()
     assert "stopped by a signal before it had begun" in process.communicate(timeout=120)[1]
-    assert process.returncode == 0
+    assert process.returncode == 75
     assert (tmp_path / "stopped").exists()
 
 

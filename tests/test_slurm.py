@@ -386,13 +386,13 @@ def test_a_sweep_with_staged_data_in_a_container(cluster, recipe, rows, tmp_path
     assert (tmp_path / "note").read_text().split()[:3] == ["exec", "--nv", "--bind"]
 
 
-def staged(source: str, *words: str) -> subprocess.CompletedProcess:
+def staged(source: str, *words: str, **changes: str) -> subprocess.CompletedProcess:
     """What `stage` of job.sh makes of a command's words; nothing is copied."""
     script = f'source {ROOT}/slurm/job.sh; on_every_node() {{ :; }}; stage "$@"; printf "%s\\n" "${{STAGED[@]}}"'
     environment = {"STAGE_DIR": source, "LOCAL_DIR": "/l", "SLURM_JOB_ID": "1", "MLALIGN_SITE": "/none"}
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script, "job", *words],
-        env=os.environ | environment,
+        env=os.environ | environment | changes,
         capture_output=True,
         text=True,
     )
@@ -411,11 +411,12 @@ def test_only_paths_in_the_staged_directory_are_changed():
         copy = found[2]
         assert re.fullmatch(r"/l/mlalign-.*/staged-\d+", copy)
         assert found == [f"task.train={copy}/a.jsonl", f"task.dev=[{copy}/b,/p/data2/b]", copy, *words[3:]]
+    assert "=/l/a&b#c/mlalign-" in staged("/p/data", "x=/p/data/y", LOCAL_DIR="/l/a&b#c").stdout
     done = staged("/p.ata", "--test", "/p/data/*")
     assert done.stdout.splitlines()[1:] == ["--test", "/p/data/*"]
 
 
-@pytest.mark.parametrize("words", [["run_dir=/p/data/runs"], ["--output", "/p/data/out"], ["--output=/p/data/out"]])
+@pytest.mark.parametrize("words", [["run_dir='/p/data/runs'"], ["--output", "/p/data/out"], ["--output=/p/data"]])
 def test_results_in_the_staged_directory_are_refused(words):
     done = staged("/p/data", "recipe.yaml", *words)
     assert done.returncode == 2
