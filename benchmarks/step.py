@@ -144,10 +144,8 @@ def report(
     if peak:
         table.add_column(f"of {peak:g} TFLOP/s")
     for name, steps in found.items():
-        kind, seconds = (
-            name.partition(",")[0],
-            statistics.mean(second for second, _ in steps),
-        )  # as tokens: lengths vary
+        kind = name.partition(",")[0]
+        seconds = statistics.mean(second for second, _ in steps)  # a mean, as tokens are: lengths vary
         of_task = statistics.median(second / other for (second, _), (other, _) in zip(steps, found["task"]))
         row = [name, f"{seconds:.2f}", f"{passed[kind] / seconds:,.0f}", f"{of_task:.2f}"]
         row += [f"{least:.2f}", f"{of_task / least:.2f}"] if kind == "joint" else ["", ""]

@@ -58,7 +58,7 @@ def on_paper(config: Config, layer: int, dtype: torch.dtype, cuda: bool = False)
     """The model that `train` would build, with adapters and truncated view. Raises UserError as `train` does.
 
     Flash attention is stood in for by sdpa: both keep queries, keys, values and the output for backward, and no matrix
-    of tokens x tokens; and it need not be installed here.
+    of tokens x tokens; and it need not be installed here. Args: cuda: whether it is to run on GPUs.
     """
     settings = model.load_model_config(config.model)
     attention = None if config.model.attention.startswith(("auto", "flash")) else config.model.attention

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlalign.config import Source
+from mlalign.corpora.item import refuse_twice
 from mlalign.data import bitext_fields
 from mlalign.errors import UserError
 from mlalign.hostile import checked_name
@@ -108,12 +109,11 @@ def _of(paths: Iterable[Path], suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def _read_files(files: list[Path], data: str, languages: list[str] | None) -> dict[str, list[Entry]]:
-    by_language: dict[str, Path] = {}
-    for path in files:
-        language = path.stem.rpartition(".")[2]  # eng_Latn.jsonl, eng_Latn.devtest, newstest2019-ref.deu.txt
-        if language in by_language:
-            raise UserError(f"{by_language[language]} and {path} are both language {language}: keep one of them")
-        by_language[language] = path
+    codes = [
+        path.stem.rpartition(".")[2] for path in files
+    ]  # eng_Latn.jsonl, eng_Latn.devtest, newstest2019-ref.deu.txt
+    refuse_twice((f"language {code}", path) for code, path in zip(codes, files))
+    by_language = dict(zip(codes, files))
     _refuse_unknown(languages, by_language, data)
     return {name: list(_entries(by_language[name])) for name in languages or sorted(by_language)}
 

@@ -3,6 +3,9 @@
 On ZeRO-3 all ranks ask.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -19,14 +22,11 @@ def is_causal(decoder: nn.Module) -> bool:
     ids = torch.tensor([begin + end for end in ends], device=device)
     mask = torch.ones_like(ids)
     mask[1, -1] = 0
-    training = decoder.training
-    decoder.eval()
     try:
-        every = [decoder(input_ids=ids, attention_mask=each, use_cache=False) for each in (None, mask)]
+        with _evaluating(decoder):
+            every = [decoder(input_ids=ids, attention_mask=each, use_cache=False) for each in (None, mask)]
     except (TypeError, ValueError, AttributeError):  # a model that wants a mask
         return False
-    finally:
-        decoder.train(training)
     begun = [states.last_hidden_state[:, : len(begin)] for states in every]
     return all(torch.equal(states[0], states[1]) for states in begun)
 
@@ -47,13 +47,21 @@ def is_plain(lm: nn.Module, decoder: nn.Module) -> bool:
         seen.append(arguments[0])
         return torch.full_like(output, 1000.0)
 
-    training = lm.training
-    lm.eval()
     hook = head.register_forward_hook(note)
     try:
-        logits = lm(**inputs).logits
-        states = decoder(**inputs).last_hidden_state
+        with _evaluating(lm):
+            logits = lm(**inputs).logits
+            states = decoder(**inputs).last_hidden_state
     finally:
         hook.remove()
-        lm.train(training)
     return len(seen) == 1 and torch.equal(seen[0], states) and bool((logits == 1000).all())
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)

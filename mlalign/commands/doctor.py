@@ -74,8 +74,8 @@ def _check_together(own: list[Finding], config: Config | None) -> list[Finding]:
     reports = distributed.gather_objects(_report(own))
     findings = list(reports[0].findings)
     new = _elsewhere(reports)
-    new += [*_differing_versions(reports), *_shared_devices(reports), _shared_folder(config), _clocks(), _speed()]
-    new.append(_gather())
+    new += [*_differing_versions(reports), *_shared_devices(reports), _shared_folder(config)]
+    new += [_clocks(), _speed(), _gather()]
     if distributed.is_main():
         console.print(_table(reports))
         for finding in new:

@@ -288,10 +288,10 @@ def _write(folder: Path, recipe: Recipe, task: Adapter, alignment: Adapter) -> d
     What is there already stays, so that evaluations of it go on being evaluations of it.
     """
     before = _read_result(folder)
-    wanted = [task.fingerprint, alignment.fingerprint]
-    if (folder / CONFIG).exists() and before.get("settings") == _asked(recipe) and _inputs(before) == wanted:
-        if before.get("tuning") is None:
-            return before
+    inputs = [task.fingerprint, alignment.fingerprint]
+    same = _inputs(before) == inputs and before.get("settings") == _asked(recipe) and before.get("tuning") is None
+    if (folder / CONFIG).exists() and same:
+        return before
     merged = merging.merge_adapters(task, alignment, recipe, distributed.device())
     result = _result(merged, recipe, task, alignment)
     beside = {"merge.json": result}

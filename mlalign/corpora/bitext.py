@@ -31,6 +31,7 @@ from mlalign.corpora.item import (
     hub_rows,
     lines,
     open_plain,
+    refuse_twice,
     refuse_unknown,
     undamaged,
 )
@@ -334,12 +335,9 @@ def _read_hub(source: str, splits: Collection[str], wanted: _Wanted) -> Iterator
 def _read_by_language(
     paths: list[Path], source: str, wanted: _Wanted, pivot: str | None, notes: Counter[str]
 ) -> Iterator[Item]:
-    files: dict[str, Path] = {}
-    for path in paths:
-        code = check_language(path.stem.rpartition(".")[2], str(path))  # eng_Latn.jsonl, newstest2019-ref.deu.txt
-        if code in files:
-            raise UserError(f"{files[code]} and {path} are both language {code}: keep one of them")
-        files[code] = path
+    codes = [check_language(path.stem.rpartition(".")[2], str(path)) for path in paths]  # newstest2019-ref.deu.txt
+    refuse_twice((f"language {code}", path) for code, path in zip(codes, paths))
+    files = dict(zip(codes, paths))
     if len(files) < 2:
         raise UserError(f"{source} holds one language, {', '.join(files)}: bitext needs two")
     pivot = _pivot(list(files), pivot, source)

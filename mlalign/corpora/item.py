@@ -54,6 +54,14 @@ def text_field(row: Row, name: str, where: str, expected: str) -> str:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
+def refuse_twice(files: Iterable[tuple[str, object]]) -> None:
+    """Raise UserError where two files are the same, such as `test of cs-en`: their rows would count twice."""
+    first: dict[str, object] = {}
+    for what, path in files:
+        if first.setdefault(what, path) != path:
+            raise UserError(f"{first[what]} and {path} are both {what}: keep one of them")
+
+
 #: What compressed files raise when they are cut or damaged.
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, BadZipFile, TarError)
 

@@ -17,7 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlalign.config import Source
-from mlalign.corpora.item import SPLITS, Item, check_language, hub_configurations, hub_rows, refuse_unknown
+from mlalign.corpora.item import (
+    SPLITS,
+    Item,
+    check_language,
+    hub_configurations,
+    hub_rows,
+    refuse_twice,
+    refuse_unknown,
+)
 from mlalign.data import bitext_fields
 from mlalign.errors import UserError
 from mlalign.languages import language_of
@@ -128,14 +136,11 @@ def _files(source: str) -> list[_Table]:
         match = _FILE.fullmatch(path.name)
         if match and path.is_file():
             pair = tuple(check_language(code, str(path)) for code in match.groups()[1:])
-            table = _Table(str(path), pair, SPLITS[match[1]])
-            alike = (each for each in tables if (each.pair, each.split) == (table.pair, table.split))
-            same = None if table.split == "train" else next(alike, None)  # duplicates leave train, and stay elsewhere
-            if same:
-                raise UserError(f"{same.place} and {path} are both {table.split} of {'-'.join(pair)}: keep one of them")
-            tables.append(table)
+            tables.append(_Table(str(path), pair, SPLITS[match[1]]))
     if not tables:
         raise UserError(f"{source} holds no files such as train.cs-en.jsonl or csen/train.cs-en.json")
+    evaluated = (table for table in tables if table.split != "train")  # duplicates leave train, and stay elsewhere
+    refuse_twice((f"{table.split} of {'-'.join(table.pair)}", table.place) for table in evaluated)
     return tables
 
 

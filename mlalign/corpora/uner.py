@@ -22,6 +22,7 @@ from mlalign.corpora.item import (
     hub_rows,
     lines,
     open_plain,
+    refuse_twice,
     refuse_unknown,
     text_field,
 )
@@ -61,10 +62,7 @@ def read(
         files.append((check_language(match[1], str(path)), match[2], match[1], path))
     if not files:
         raise UserError(f"{source} holds no files such as en_ewt-ud-train.iob2 or en.train.jsonl")
-    first: dict[tuple[str, str], Path] = {}
-    for _, split, treebank, path in files:
-        if first.setdefault((treebank, split), path) != path:
-            raise UserError(f"{first[treebank, split]} and {path} are both {split} of {treebank}: keep one of them")
+    refuse_twice((f"{split} of {treebank}", path) for _, split, treebank, path in files)
     refuse_unknown(languages, (language for language, *_ in files), source)
     for language, split, treebank, path in files:
         if split not in splits or (languages is not None and language not in languages):
