@@ -22,10 +22,11 @@ from step import SHAPES
 
 from mlalign import distributed
 from mlalign.collate import collate_task
+from mlalign.compiling import compile_blocks
 from mlalign.config import Lora, Model
 from mlalign.evaluation import to_device
 from mlalign.examples import TaskExample
-from mlalign.model import AlignedModel, add_lora, compile_blocks, load_lm
+from mlalign.model import AlignedModel, add_lora, load_lm
 
 ROWS, LENGTHS = 8, (90, 130, 170, 210)  #: rows of a pass; tokens of a row, in turn
 

@@ -18,15 +18,18 @@ from typing import Literal
 
 import torch
 from packaging.requirements import Requirement
+from transformers import LlamaConfig
 from transformers.utils import is_flash_attn_2_available
 
-from mlalign import distributed, kernels, launchers, model
+from mlalign import distributed, kernels, launchers, model, varlen
+from mlalign.compiling import check_compile
 from mlalign.config import Config, Source
 from mlalign.errors import UserError
 from mlalign.rows import is_local, local_files, read_rows
 from mlalign.zero import offloads_optimizer, read_deepspeed
 
 GIB = 2**30
+_LLAMA = LlamaConfig(num_attention_heads=8, num_key_value_heads=2, head_dim=128)  #: whose attention is tried on a GPU
 _LITTLE_DISK = 10 * GIB
 _LITTLE_SHARED_MEMORY = GIB  # containers come with 64 MiB
 
@@ -115,9 +118,11 @@ def _attention(config: Config | None) -> Iterator[Finding]:
     elif is_flash_attn_2_available():
         yield Finding("ok", "attention", f"flash-attn {metadata.version('flash-attn')}")
     elif distributed.uses_cuda():
-        yield Finding(
-            "note", "attention", "flash-attn is not installed, sdpa is used: pip install flash-attn for longer rows"
-        )
+        wrong = varlen.wrong_kernel(_LLAMA, torch.bfloat16, distributed.device())
+        if wrong:
+            yield Finding("note", "attention", f"sdpa of padded rows: torch's flash attention does not serve: {wrong}")
+        else:
+            yield Finding("ok", "attention", "torch's flash attention, which gives what sdpa gives")
     else:
         yield Finding("ok", "attention", "sdpa")
 
@@ -224,7 +229,7 @@ def _inputs(config: Config) -> Iterator[Finding]:
     yield _judged("config", "batches fit the ranks", lambda: config.check_ranks(launchers.started_together()))
     if config.model.compile:
         zero = read_deepspeed(config.deepspeed)
-        yield _judged("config", "there is a compiler for model.compile", lambda: model.check_compile(zero))
+        yield _judged("config", "there is a compiler for model.compile", lambda: check_compile(zero))
     yield _judged(
         "model", f"{config.model.path}: config, tokenizer and weights are there", lambda: _check_model(config)
     )

@@ -41,7 +41,7 @@ Sources = Annotated[list[Source], BeforeValidator(_as_sources)]
 class Model(BaseModel, extra="forbid"):
     path: str  #: a directory or a hub id of any decoder-only model
     attention: str = "auto"
-    """A transformers name; auto = flash attention where installed, on CUDA and in bf16, else sdpa if there is one."""
+    """A transformers name; auto = flash attention (on CUDA, in bf16) of flash-attn or torch, else sdpa if there is."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"  #: auto = bf16 on CUDA, else fp32
     packing: bool | Literal["auto"] = "auto"  #: rows without padding behind each other; auto = with flash attention
     gradient_checkpointing: bool = False  #: compute activations again in the backward pass, instead of keeping them

@@ -7,7 +7,6 @@ alignment pass runs the first k decoder blocks and nothing else.
 import copy
 import math
 import re
-import shutil
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +18,12 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from torch import nn
-from torch.utils._triton import has_triton
-from torch.utils.cpp_extension import get_cxx_compiler
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
-from mlalign import distributed, head, traits
+from mlalign import distributed, head, traits, varlen
 from mlalign.config import Config, Lora, Model
 from mlalign.errors import UserError
 from mlalign.loss import token_nll
@@ -128,31 +125,6 @@ def _sharded_loading(deepspeed_config: dict[str, Any] | None) -> Iterator[None]:
         yield
     finally:
         del keeper
-
-
-def check_compile(zero: dict[str, Any]) -> None:
-    """Raise UserError where `model.compile` cannot be: under ZeRO-3, or with nothing to compile with."""
-    if zero["zero_optimization"]["stage"] == 3:
-        raise UserError(
-            "model.compile needs ZeRO stage 0, 1 or 2: ZeRO-3 gathers parameters inside of what is compiled"
-        )
-    if distributed.uses_cuda():
-        missing = None if has_triton() else "triton"
-    else:
-        missing = None if shutil.which(get_cxx_compiler()) else get_cxx_compiler()
-    if missing:
-        raise UserError(f"model.compile needs {missing}, which is not there: install it, or set it to false")
-
-
-def compile_blocks(lm: nn.Module) -> None:
-    """Have torch compile the blocks when they first run: once for all of them, and for all shapes."""
-    # Passes of several kinds (with gradient and without, padded and packed, of either mode) are versions of one code.
-    torch._dynamo.config.recompile_limit = 64
-    # torch's random numbers, not inductor's: a compiled run drops out what a plain one does, in every kind of pass.
-    torch._inductor.config.fallback_random = True
-    decoder, stack, _ = decoder_parts(lm)
-    for block in getattr(decoder, stack):
-        block.compile(dynamic=True)
 
 
 def add_lora(lm: PreTrainedModel, lora: Lora) -> PeftModel:
@@ -328,7 +300,7 @@ class AlignedModel(nn.Module):
         self._pool = POOLERS[pooling]
         self._view = [truncated_decoder(lm, layer)]  # in a list, so that it is not registered as a submodule
         self._decoder = [decoder_parts(lm)[0]]
-        self.flash = "flash" in (self._decoder[0].config._attn_implementation or "")  #: whether attention is
+        self.flash = "flash" in (self._decoder[0].config._attn_implementation or "")  #: told of packed rows' edges
         self.fused = False  #: whether the loss comes out of the LM head
         self.masked = True  #: whether attention is told of padding
 
@@ -350,6 +322,12 @@ class AlignedModel(nn.Module):
         # In fp32 on CUDA, sdpa has a fast kernel for grouped heads only with a mask, and only after copying them.
         fast = not distributed.uses_cuda() or self.lm.dtype == torch.bfloat16
         self.masked = not distributed.broadcast_object(fast and traits.is_causal(self._decoder[0]))
+
+    def attend_by(self, attention: str) -> None:
+        """Attend by another attention of transformers, or by that of `varlen`, from now on."""
+        if attention != self._decoder[0].config._attn_implementation:
+            self.lm.set_attn_implementation(attention)
+        self.flash = "flash" in attention or attention == varlen.NAME
 
     def _task_nll(self, task: dict[str, torch.Tensor]) -> torch.Tensor:
         arguments = self._arguments(task)

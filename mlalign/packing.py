@@ -6,19 +6,17 @@ architectures not at all: they let a row see the ones before it, without a word.
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlalign import distributed
+from mlalign import distributed, varlen
 from mlalign.collate import collate_bitext, collate_task, pad_id
 from mlalign.config import Model
 from mlalign.errors import UserError
 from mlalign.evaluation import to_device
 from mlalign.examples import Pair, TaskExample
-from mlalign.model import precision_dtype, vocabulary
+from mlalign.model import vocabulary
+from mlalign.objectives import random_state, set_random_state
 from mlalign.tracker import say
-
-#: Largest relative difference between packed and padded rows that is rounding. Rows that see each other differ by 0.1.
-_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 def choose_pad(engine, settings: Model, tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -27,31 +25,51 @@ def choose_pad(engine, settings: Model, tokenizer: PreTrainedTokenizerBase) -> i
     Raises UserError where packing is asked for and the model computes something else then.
     """
     lm = engine.module.lm.get_base_model() if isinstance(engine.module.lm, PeftModel) else engine.module.lm
-    # A recurrent state may flow from row to row, by too little for the question below to tell it from rounding in bf16.
-    wanted = engine.module.flash and not lm._is_stateful if settings.packing == "auto" else settings.packing
-    pad = pad_id(tokenizer, vocabulary(lm))
-    if not wanted:
-        return pad
-    dtype = precision_dtype(settings.precision)
-    try:
-        error = packing_error(engine, pad)
-        wrong = f"packed rows differ from padded ones by {error:.1g}" if not error <= _ROUNDING[dtype] else ""
-    except (TypeError, ValueError, NotImplementedError) as failure:  # a forward that does not know the arguments
-        wrong = " ".join(str(failure).split())
-    wrong = distributed.broadcast_object(wrong)
-    if not wrong:
-        return None
-    found = f"{type(lm).__name__} cannot tell packed rows apart"
-    if settings.packing is True:
-        raise UserError(f"model.packing: {found}: {wrong}; set it to auto or false")
-    say(f"rows are padded: {found}: {wrong}")
+    pad, loaded, wrong = pad_id(tokenizer, vocabulary(lm)), lm.config._attn_implementation, ""
+    for attention in _attentions(engine, lm, settings):
+        wrong = _wrong_kernel(engine, lm) if attention == varlen.NAME else ""
+        wrong = wrong or _wrong_rows(engine, lm, pad, attention)
+        if not wrong:
+            return None
+        engine.module.attend_by(loaded)
+    if wrong and settings.packing is True:
+        raise UserError(f"model.packing: {wrong}; set it to auto or false")
+    if wrong:
+        say(f"rows are padded: {wrong}")
     return pad
 
 
-def packing_error(engine, pad: int) -> float:
+def _attentions(engine, lm: PreTrainedModel, settings: Model) -> list[str]:
+    """What may keep packed rows apart, the best first; nothing where rows are to be padded."""
+    if settings.packing is False:
+        return []
+    loaded = lm.config._attn_implementation
+    torchs = [varlen.NAME] if distributed.broadcast_object(varlen.serves(lm, settings)) else []
+    if settings.packing is True:
+        return [*torchs, loaded]
+    # A recurrent state may flow from row to row, by too little for packing_error to tell it from rounding in bf16.
+    return [] if lm._is_stateful else [loaded] if engine.module.flash else torchs
+
+
+def _wrong_kernel(engine, lm: PreTrainedModel) -> str:
+    wrong = distributed.broadcast_object(varlen.wrong_kernel(lm.config, lm.dtype, engine.device))
+    return wrong and f"torch's flash attention does not serve here: {wrong}"
+
+
+def _wrong_rows(engine, lm: PreTrainedModel, pad: int, attention: str) -> str:
+    try:
+        error = packing_error(engine, pad, attention)
+        wrong = "" if error <= varlen.ROUNDING[lm.dtype] else f"packed rows differ from padded ones by {error:.1g}"
+    except (TypeError, ValueError, NotImplementedError) as failure:  # a forward that does not know the arguments
+        wrong = " ".join(str(failure).split()) or type(failure).__name__
+    return distributed.broadcast_object(wrong and f"{type(lm).__name__} cannot tell packed rows apart: {wrong}")
+
+
+def packing_error(engine, pad: int, attention: str) -> float:
     """The largest relative difference between packed and padded rows: of task losses, and of embeddings, by L2.
 
-    The second row repeats the first: a model that sees both predicts it better.
+    The second row repeats the first: a model that sees both predicts it better. Args: attention: of packed rows, and of
+    the model from then on; padded ones are attended to as it was loaded.
     """
     ids = [7919 * i % min(vocabulary(engine.module.lm), 1000) for i in range(1, 13)]
     rows = [TaskExample(row, row, len(row) - 1, "") for row in (ids, ids[:9])]
@@ -60,8 +78,13 @@ def packing_error(engine, pad: int) -> float:
     found = []
     with torch.no_grad():
         for padding in (pad, None):
+            if padding is None:
+                engine.module.attend_by(attention)
             nll = engine(task=to_device(collate_task(rows, padding), engine.device))
             passes = [to_device(inputs, engine.device) for inputs in collate_bitext(pairs, padding, [2 * len(pairs)])]
             found.append((nll, engine(bitext=passes)))
-    engine.train()
+        engine.train()
+        state = random_state()
+        engine(task=to_device(collate_task(rows, None), engine.device))  # raises where dropout is out of the question
+        set_random_state(state)
     return max(((packed - padded).norm() / padded.norm()).item() for padded, packed in zip(*found))

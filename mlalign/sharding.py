@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from mlalign import distributed, kernels
+from mlalign.compiling import check_compile
 from mlalign.config import Config, Model
-from mlalign.model import AlignedModel, check_compile, precision_dtype
+from mlalign.model import AlignedModel, precision_dtype
 from mlalign.prefetch import keep_a_trace_per_pass
 from mlalign.resharding import masters_without_zero
 from mlalign.zero import offloads_optimizer

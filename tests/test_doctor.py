@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import alone_in_the_world
 from omegaconf import OmegaConf
 
@@ -153,6 +155,25 @@ def test_flash_attention_that_is_not_there(recipe, monkeypatch, cuda, level):
     (finding,) = checks._attention(Config.model_validate(values))
     assert (finding.level, finding.subject) == (level, "attention")
     assert "needs flash-attn and a GPU" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "level", "said"),
+    [("", "ok", "gives what sdpa gives"), ("only on Ampere", "note", "sdpa of padded rows: .*: only on Ampere")],
+)
+def test_torchs_flash_attention_is_tried_on_a_gpu(monkeypatch, wrong, level, said):
+    monkeypatch.setattr(checks, "is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr(checks.distributed, "uses_cuda", lambda: True)
+    monkeypatch.setattr(checks.distributed, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(checks.varlen, "wrong_kernel", lambda settings, dtype, device: wrong)
+    (finding,) = checks._attention(None)
+    assert finding.level == level
+    assert re.search(said, finding.text)
+
+
+def test_torchs_flash_attention_does_not_run_on_a_cpu():
+    wrong = checks.varlen.wrong_kernel(checks._LLAMA, torch.bfloat16, torch.device("cpu"))
+    assert wrong == "Could not run 'aten::_flash_attention_forward' with arguments from the 'CPU' backend"
 
 
 def test_weights_that_are_not_all_there(tmp_path, recipe, tiny_model):

@@ -10,6 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mlalign import model as model_module
 from mlalign import pooling, sharding
+from mlalign.compiling import check_compile
 from mlalign.config import Config, Lora, Model
 from mlalign.errors import UserError
 from mlalign.model import AlignedModel, add_lora, load_lm, resolve_layer, truncated_decoder
@@ -250,7 +251,7 @@ def test_a_model_without_tokenizer_or_weights_is_one_sentence(tmp_path):
 def test_compiling_without_a_compiler_is_one_sentence(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"model\.compile needs no-such-compiler, which is not there"):
-        model_module.check_compile({"zero_optimization": {"stage": 0}})
+        check_compile({"zero_optimization": {"stage": 0}})
 
 
 class Evil:

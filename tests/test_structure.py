@@ -27,6 +27,7 @@ LAYERS = [
         "examples",
         "resharding",
         "watchdog",
+        "varlen",
     },
     {
         "guards",
@@ -40,6 +41,7 @@ LAYERS = [
         "corpora.item",
         "token_cache",
     },
+    {"compiling"},
     {
         "objectives",
         "merged_config",

@@ -167,6 +167,7 @@ def test_a_damaged_checkpoint_costs_steps_and_changes_nothing(tmp_path, recipe):
 
 def test_a_second_run_on_the_same_directory_is_refused(tmp_path, recipe):
     recipe["optimizer"] |= {"steps": 100_000}
+    recipe["evaluation"]["patience"] = 0  # the first must be at it for as long as the second takes to start
     first = start(ALONE, recipe, tmp_path / "c.yaml")
     log = Path(recipe["run_dir"]) / "metrics.jsonl"
     while not (log.exists() and log.read_text()):
@@ -174,7 +175,7 @@ def test_a_second_run_on_the_same_directory_is_refused(tmp_path, recipe):
         time.sleep(0.05)
     second = start(ALONE, recipe, tmp_path / "d.yaml")
     output, _ = second.communicate(timeout=120)
-    assert second.returncode == 2
+    assert second.returncode == 2, output
     assert f"run_dir {recipe['run_dir']} is in use by process {first.pid} on host" in output
     first.kill()
     first.communicate()

@@ -1,5 +1,7 @@
 """The result does not depend on the number of ranks or the ZeRO stage: three steps against a plain PyTorch loop."""
 
+from unittest import mock
+
 import pytest
 import reference
 import torch
@@ -98,4 +100,26 @@ def test_packed_steps_equal_the_plain_loop(ranks, settings, stage):
     settings["alignment"]["micro_batch_size"] = 2  # in chunks: encoded twice
     wanted = reference.train(Config.model_validate(settings), layer=2)
     weights, _ = ranks(2).run(run_steps, settings, {"zero_optimization": {"stage": stage}})[0]
+    assert relative_error(weights, wanted) < 1e-5
+
+
+def run_packed_by_torch(values: dict, zero: dict, refused: bool) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """`run_steps` on one rank of many, as if torch's flash attention ran on CPUs; or raised within a pass."""
+    from test_packing import kernel
+
+    from mlalign import varlen
+
+    patch = mock.patch.object
+    with patch(varlen, "serves", lambda *_: True), patch(varlen, "wrong_kernel", lambda *_: ""):
+        with patch(varlen, "varlen_attn", mock.Mock(side_effect=NotImplementedError) if refused else kernel):
+            return run_steps(values, zero)
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["served", "refused"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_steps_by_torchs_flash_attention_equal_the_plain_loop(ranks, settings, stage, refused):
+    settings["optimizer"] |= {"clip": 0.5, "lr": 1e-3} | ADAM
+    wanted = reference.train(Config.model_validate(settings), layer=2)
+    zero = {"zero_optimization": {"stage": stage}}
+    weights, _ = ranks(2).run(run_packed_by_torch, settings, zero, refused)[0]
     assert relative_error(weights, wanted) < 1e-5

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mlalign import checkpoint, distributed, model, schedule, sharding
+from mlalign.compiling import compile_blocks
 from mlalign.config import Config
 from mlalign.dataset import Dataset, load_dataset
 from mlalign.errors import StoppedError, UserError
@@ -359,7 +360,7 @@ def _make_engine(config: Config, engine_config: dict[str, Any], layer: int):
         torch.manual_seed(config.seed)  # the same adapters on every rank and ZeRO stage
         lm = model.add_lora(lm, config.lora)
     if config.model.compile:
-        model.compile_blocks(lm)
+        compile_blocks(lm)
     aligned = model.AlignedModel(lm, layer, config.alignment.pooling if config.alignment else "mean")
     groups = sharding.parameter_groups(aligned, config.optimizer.weight_decay)
     optimizer = sharding.make_optimizer(config, groups, engine_config)
