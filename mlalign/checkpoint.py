@@ -28,14 +28,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mlalign import distributed, jobs, resharding
-from mlalign.durable import Hashed, fault, sync_folder, write_hashed
+from mlalign.durable import Hashed, fault, settle, sync_folder, write_hashed, write_whole
 from mlalign.errors import UserError
-from mlalign.rundir import digest, write_whole
+from mlalign.rundir import digest
 from mlalign.tracker import say
 
 _STATE = "state.json"
+_ABOUT = "mlalign.json"  # beside what is exported
 _DTYPES = {torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}  # in safetensors' words
-_FORMAT = 3  #: of a checkpoint; 1 held DeepSpeed's own files, 2 no rows of the bitext
+_FORMAT = 4  #: of a checkpoint; 1 held DeepSpeed's own files, 2 no rows of the bitext, 3 no digests of the rows
 
 Files = Iterable[tuple[str, dict[str, torch.Tensor]]]  # names, and what goes into them
 
@@ -99,6 +100,11 @@ class Saver:
         for number, tensors in enumerate(resharding.parts(self._engine, copy=self._in_background)):
             self._touch()
             yield f"trained-{rank}-{number}.safetensors", tensors
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint is on its way. The same on all ranks."""
+        return self._pending is not None
 
     def poll(self) -> None:
         """Give a checkpoint its name as soon as every rank has written its part. Called by all ranks."""
@@ -282,12 +288,11 @@ def load_own(run_dir: Path, name: str, rank: int) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(run_dir / "checkpoints" / name / f"rank-{rank}.safetensors")
 
 
-def export(
-    engine, tokenizer, run_dir: Path, training: dict[str, list[str]], touch: Callable[[], None] = lambda: None
-) -> Path:
+def export(engine, tokenizer, run_dir: Path, about: dict[str, Any], touch: Callable[[], None] = lambda: None) -> None:
     """Write the adapter (peft's format) or the whole model (transformers' format), and the tokenizer. All ranks.
 
-    `training` goes beside them as mlalign.json: the languages that were `supervised` and `aligned`, for reports.
+    It has no name yet: `publish` gives it one, when the checkpoint that knows of it has its own. `about` goes beside it
+    as mlalign.json: its `step`, and for reports the languages that were `supervised` and `aligned`.
 
     Adapters are written from the fp32 master weights (under ZeRO-0 with bf16 from the bf16 weights), whole models in
     the precision of training. `touch` is called while there is progress.
@@ -297,19 +302,46 @@ def export(
     weights = _gathered(lm, trainable_only=adapter, dtype=torch.float32 if adapter else lm.dtype, touch=touch)
     target = _target(engine, run_dir)
     if distributed.is_main():
-        aside, old = target.with_suffix(".partial"), target.with_suffix(".old")
+        aside = target.with_suffix(".partial")
         shutil.rmtree(aside, ignore_errors=True)
         with _said_in_one_sentence(aside), _touching_while_it_grows(aside, touch):
             lm.save_pretrained(str(aside), state_dict=weights)
             tokenizer.save_pretrained(str(aside))
-            (aside / "mlalign.json").write_text(json.dumps(training) + "\n")
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            target.rename(old)
-        aside.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+            for file in aside.iterdir():
+                settle(file)
+                touch()
+            write_whole(aside / _ABOUT, json.dumps(about) + "\n")  # last: then all is whole
+            sync_folder(aside)
     distributed.barrier()
-    return target
+
+
+def publish(engine, run_dir: Path, step: int) -> None:
+    """Give what `export` wrote at `step` its name, in the place of an earlier result. All ranks.
+
+    What is of another step, or not whole, is deleted: a run that was killed left it, without a checkpoint of that step.
+    """
+    with distributed.on_main():
+        if distributed.is_main():
+            target = _target(engine, run_dir)
+            aside, old = target.with_suffix(".partial"), target.with_suffix(".old")
+            if old.exists() and not target.exists():  # killed between the two renames below
+                old.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+            if _exported_at(aside) == step:
+                if target.exists():
+                    target.rename(old)
+                aside.rename(target)
+                sync_folder(run_dir)
+                shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exported_at(aside: Path) -> int | None:
+    """The step of an export; None where there is none, or a part of one."""
+    try:
+        return json.loads((aside / _ABOUT).read_text())["step"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def exported(engine, run_dir: Path) -> bool:

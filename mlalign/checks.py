@@ -45,8 +45,8 @@ class Finding:
 
 def check_here(config: Config | None) -> list[Finding]:
     """All findings on this host, in the order of the report."""
-    parts = [_packages(), _devices(), _attention(config), _kernels(config), _threads(), _shared_memory(), _locale()]
-    parts += [_disk(config), _hub(), _slurm(), _mpi()]
+    parts = [_packages(), _devices(), _attention(config), _kernels(config), _threads(config)]
+    parts += [_shared_memory(), _locale(), _disk(config), _hub(), _slurm(), _mpi()]
     if config is not None:
         parts.append(_inputs(config))
     return [finding for part in parts for finding in part]
@@ -141,13 +141,17 @@ def _kernels(config: Config | None) -> Iterator[Finding]:
         yield Finding("ok", "kernels", f"{state.name} will be compiled into {state.folder}: a minute, once")
 
 
-def _threads() -> Iterator[Finding]:
+def _threads(config: Config | None) -> Iterator[Finding]:
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     text = f"{cores} cores, {threads} threads per rank"
     if ranks * threads > cores:
         yield Finding(
             "note", "threads", f"{text} for {ranks} ranks: they wait for each other, so lower OMP_NUM_THREADS"
+        )
+    elif threads == 1 and cores // ranks > 1 and config and offloads_optimizer(read_deepspeed(config.deepspeed)):
+        yield Finding(
+            "note", "threads", f"{text}: the offloaded optimizer takes as many as it gets, so raise OMP_NUM_THREADS"
         )
     else:
         yield Finding("ok", "threads", text)

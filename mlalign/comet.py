@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from mlalign import distributed
+from mlalign.durable import write_whole
 from mlalign.errors import UserError
 from mlalign.predictions import Predictions
-from mlalign.rundir import digest, write_whole
+from mlalign.rundir import digest
 
 
 def comet_scores(predictions: Predictions, model: str, kept: Path) -> np.ndarray:

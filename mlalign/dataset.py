@@ -27,6 +27,7 @@ class Dataset:
     bitext_dev: Sequence[Pair] = ()
     tick: Callable[[], None] = lambda: None  #: called while a stream is read
     rows: dict[str, int] = field(default_factory=dict)  #: "task" and "alignment": training rows, but of a stream
+    digests: dict[str, str] = field(default_factory=dict)  #: of them
 
     @property
     def epoch_rows(self) -> int:
@@ -90,6 +91,7 @@ def _add_order(
     rows = _add_rows(dataset, name, "train", section, tokenizer, cached_as)
     dataset.orders[name] = GlobalOrder(in_memory(rows, section.batch_size, section.language_temperature, seed))
     dataset.rows[name] = len(rows)
+    dataset.digests[name] = rows.digest()
 
 
 def _add_rows(

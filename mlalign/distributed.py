@@ -49,6 +49,8 @@ def init() -> None:
     # A kernel for inference on CPUs: compiled for a minute, and every run would leave 69 MB a rank in /dev/shm behind.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False)
+    # ZeRO has a group of its own, with torch's timeout if DeepSpeed makes it: 10 minutes with NCCL, as the watchdog's.
+    deepspeed.utils.groups._WORLD_GROUP = dist.new_group(timeout=_TIMEOUT)
 
 
 def launched() -> bool:
@@ -165,11 +167,11 @@ def any_rank(flag: bool) -> bool:
 
 @cache
 def _control_group() -> dist.ProcessGroup:
-    """A gloo group for decisions, beside the nccl group that carries tensors."""
+    """A gloo group for decisions and objects, beside the nccl group that carries tensors: no GPU is waited for."""
     if dist.get_backend() == "gloo":
         return dist.group.WORLD
     try:
-        return dist.new_group(backend="gloo")
+        return dist.new_group(backend="gloo", timeout=_TIMEOUT)
     except RuntimeError as error:  # gloo goes by the host's own name, which may lead to the host alone, as 127.0.1.1
         raise NotMetError(
             f"rank {rank()} on host {socket.gethostname()}: gloo reaches no other rank: set GLOO_SOCKET_IFNAME to "
@@ -181,7 +183,7 @@ def broadcast_object(value):
     """Rank 0's value on every rank."""
     box = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=_control_group())
     return box[0]
 
 
@@ -190,7 +192,7 @@ def gather_objects(value) -> list:
     boxes = [value]
     if world_size() > 1:
         boxes = [None] * world_size()
-        dist.all_gather_object(boxes, value)
+        dist.all_gather_object(boxes, value, group=_control_group())
     return boxes
 
 

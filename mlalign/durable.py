@@ -1,4 +1,7 @@
-"""Files that are what was written: hashed on the way, on the disk before they count, checked before they are read."""
+"""Files that are what was written: hashed on the way, on the disk before they count, checked before they are read.
+
+What libraries write is settled after them: they wait for no disk, and safetensors lets nobody else read its files.
+"""
 
 import hashlib
 import os
@@ -21,6 +24,16 @@ class Hashed:
         self._file.flush()
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that readers, and a run after a crash, see the old text or the new one, never a part."""
+    aside = path.with_suffix(".partial")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
 def write_hashed(path: Path, write: Callable[[Hashed], object]) -> str:
     """Have `write` write a file from its beginning to its end, and wait until it is on the disk.
 
@@ -32,6 +45,23 @@ def write_hashed(path: Path, write: Callable[[Hashed], object]) -> str:
         file.flush()
         os.fsync(file.fileno())
     return hashed.sha256.hexdigest()
+
+
+def settle(file: Path) -> None:
+    """Wait until a file that a library wrote is on the disk, and let those read it who may read what is opened here."""
+    file.chmod(_MODE)
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def _mode() -> int:
+    """Of new files. A process can only learn its mask by setting another."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+_MODE = _mode()
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,6 +5,7 @@ them. `advise(job, gib)` names the lowest of the shipped ZeRO files that fits. U
 """
 
 from dataclasses import dataclass, field, replace
+from math import ceil
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from mlalign import model, sharding
 from mlalign.activations import PaperModel, alignment_pass, on_paper, task_pass
 from mlalign.config import Config
+from mlalign.errors import UserError
 from mlalign.memory import Layout, Pass, checkpoint_size, model_states, phases
 from mlalign.workload import Workload
 from mlalign.zero import read_deepspeed
@@ -48,7 +50,7 @@ class Estimate:
     """Memory of one rank, and disk of all."""
 
     phases: dict[str, dict[str, int]]  #: see `memory.phases`
-    host: dict[str, int]  #: part -> bytes that are offloaded
+    host: dict[str, int]  #: part -> bytes of host memory on a rank with a GPU: what is offloaded, and for checkpoints
     parameters: int
     trainable: int
     checkpoint: int  #: bytes of one checkpoint
@@ -83,12 +85,20 @@ def estimate(job: Job) -> Estimate:
     parameters = sum(layout.tensors)
     return Estimate(
         phases=phases(layout, passes),
-        host=model_states(layout)[1],
+        host=model_states(layout)[1] | _saving(config, layout),
         parameters=parameters,
         trainable=layout.trainable,
         checkpoint=checkpoint_size(layout),
         result=4 * layout.trainable if config.lora else layout.width * parameters,
     )
+
+
+def _saving(config: Config, layout: Layout) -> dict[str, int]:
+    """Host memory of a checkpoint that is written while training goes on: a copy of a rank's masters and moments."""
+    in_background = layout.cuda and not layout.offloads_optimizer  # as `train` has it for auto
+    if not (in_background if config.async_checkpoint == "auto" else config.async_checkpoint):
+        return {}
+    return {"checkpoint": 12 * ceil(layout.trainable / layout.ranks)}
 
 
 def _pass(job: Job, paper: PaperModel, name: str, zero3: bool) -> Pass:
@@ -142,12 +152,21 @@ def _shrunk(job: Job, room: float) -> tuple[Job, list[str]]:
         if work and _rows(name, work) > least:
             job = replace(job, workloads=job.workloads | {name: _halved(name, work)})
             changes[name] = f"{name}.micro_batch_size={_rows(name, job.workloads[name])}"
-        elif job.ranks < _MOST_RANKS:
+        elif job.ranks < _MOST_RANKS and _divides(job.config, 2 * job.ranks):
             job = replace(job, ranks=2 * job.ranks)
             changes["ranks"] = f"on {job.ranks} ranks"
         else:
             return job, []
     return job, list(changes.values())
+
+
+def _divides(config: Config, ranks: int) -> bool:
+    """Whether `train` would take so many ranks."""
+    try:
+        config.check_ranks(ranks)
+    except UserError:
+        return False
+    return True
 
 
 def _rows(name: str, work: Workload) -> int:
@@ -159,6 +178,11 @@ def _rows(name: str, work: Workload) -> int:
 def _halved(name: str, work: Workload) -> Workload:
     rows = _rows(name, work)
     half = (rows + 1) // 2
-    shapes = tuple((each // rows * half, width) for each, width in work.shapes)
+    sides = sum(each for each, _ in work.shapes) // rows * half
+    shapes = []
+    for each, width in work.shapes:  # longest rows first: what rounding leaves over is counted as long
+        shapes.append((min(-(-each * half // rows), sides), width))
+        sides -= shapes[-1][0]
+    shapes = tuple((each, width) for each, width in shapes if each)
     learned = -(-work.learned * half // rows)
     return replace(work, shapes=shapes, learned=learned, micro_batches=2 * work.micro_batches)

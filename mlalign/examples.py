@@ -4,6 +4,8 @@
 examples, each built when it is asked for, and holds 5 or 4 bytes a token.
 """
 
+import hashlib
+import json
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Sequence
@@ -99,6 +101,13 @@ class PackedRows(Sequence[Example], Generic[Example]):
     @abstractmethod
     def pack(cls, examples: Iterable[Example]) -> Self:
         """Take in a stream of examples."""
+
+    def digest(self) -> str:
+        """Stands for all rows and their order."""
+        found = hashlib.blake2b(json.dumps(self.names).encode(), digest_size=8)
+        for name in sorted(self.arrays):
+            found.update(np.ascontiguousarray(self.arrays[name]))
+        return found.hexdigest()
 
     def by_language(self) -> dict[str, np.ndarray]:
         """Indices of each language's rows, or language pair's, ascending, int64. No row is built for it."""

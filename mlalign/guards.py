@@ -12,9 +12,9 @@ from torch import nn
 
 from mlalign.config import Config
 from mlalign.distributed import device, gather_objects, gather_rows, is_main, on_main, rank, world_size
+from mlalign.durable import write_whole
 from mlalign.errors import UserError
 from mlalign.examples import Pair, TaskExample
-from mlalign.rundir import write_whole
 from mlalign.tracker import say
 
 

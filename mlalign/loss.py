@@ -68,7 +68,7 @@ class _HeadNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale: torch.Tensor):
         gradients = [
-            None if gradient is None else (gradient * scale).to(dtype)
+            None if gradient is None else gradient.mul_(scale).to(dtype)  # in place: of a head it is large
             for gradient, dtype in zip(ctx.gradients, ctx.dtypes)
         ]
         del ctx.gradients  # or they would live as long as the loss, which the caller may keep

@@ -302,6 +302,7 @@ class AlignedModel(nn.Module):
         self._decoder = [decoder_parts(lm)[0]]
         self.flash = "flash" in (self._decoder[0].config._attn_implementation or "")  #: told of packed rows' edges
         self.fused = False  #: whether the loss comes out of the LM head
+        self.chosen = False  #: whether, where it does not, the model gives the logits of learned tokens alone
         self.masked = True  #: whether attention is told of padding
 
     def forward(
@@ -318,7 +319,9 @@ class AlignedModel(nn.Module):
 
     def ask(self) -> None:
         """Find out what passes may leave out: logits of all tokens, and masks of padding. All ranks call it."""
-        self.fused = traits.is_plain(self.lm, self._decoder[0]) and head.fuse_head(self.lm)
+        plain = not distributed.any_rank(not traits.is_plain(self.lm, self._decoder[0]))
+        self.fused = plain and head.fuse_head(self.lm)
+        self.chosen = not self.fused and not distributed.any_rank(not traits.chooses_logits(self.lm))
         # In fp32 on CUDA, sdpa has a fast kernel for grouped heads only with a mask, and only after copying them.
         fast = not distributed.uses_cuda() or self.lm.dtype == torch.bfloat16
         self.masked = not distributed.broadcast_object(fast and traits.is_causal(self._decoder[0]))
@@ -332,6 +335,9 @@ class AlignedModel(nn.Module):
     def _task_nll(self, task: dict[str, torch.Tensor]) -> torch.Tensor:
         arguments = self._arguments(task)
         if not self.fused:
+            if self.chosen:
+                arguments["logits_to_keep"] = _is_among(task["positions"], task["input_ids"].shape)
+                return token_nll(self.lm(**arguments).logits, task["targets"])
             logits = self.lm(**arguments).logits
             return token_nll(logits.flatten(0, 1)[task["positions"]], task["targets"])
         states = self._decoder[0](**arguments).last_hidden_state
@@ -375,6 +381,13 @@ class AlignedModel(nn.Module):
         inside = {id(p) for parameters in layers.values() for p in parameters}
         before = [p for p in self._view[0].parameters() if p.requires_grad and id(p) not in inside]
         return {layer: parameters for layer, parameters in ({0: before} | layers).items() if parameters}
+
+
+def _is_among(positions: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Ascending positions in flattened rows as a mask of rows, bool [rows, width]."""
+    mask = torch.zeros(shape, dtype=torch.bool, device=positions.device)
+    mask.view(-1)[positions] = True
+    return mask
 
 
 def _by_row(states: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -13,10 +13,10 @@ from types import ModuleType
 import numpy as np
 
 from mlalign.config import Source
+from mlalign.durable import write_whole
 from mlalign.errors import UserError
 from mlalign.hostile import checked_name
 from mlalign.rows import read_rows
-from mlalign.rundir import write_whole
 
 
 @dataclass(frozen=True)

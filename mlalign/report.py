@@ -19,8 +19,8 @@ from types import ModuleType
 from rich.table import Table
 
 from mlalign import __version__
+from mlalign.durable import write_whole
 from mlalign.predictions import Predictions
-from mlalign.rundir import write_whole
 from mlalign.scoring import SAMPLES, Counts, Scores, language_groups, mean, score
 from mlalign.tracker import console, say
 

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO
@@ -21,7 +21,9 @@ import torch
 
 from mlalign import distributed
 from mlalign.config import Config, dump, load
+from mlalign.durable import write_whole
 from mlalign.errors import UserError
+from mlalign.tracker import say
 
 
 def open_run(config: Config, run_dir: Path) -> None:
@@ -46,15 +48,12 @@ def open_run(config: Config, run_dir: Path) -> None:
 
 
 @contextmanager
-def held(run_dir: Path) -> Iterator[None]:
-    """Keep a second run out of the directory for the body. A dead run holds nothing. Called by all ranks.
-
-    Raises UserError where another run has it.
-    """
+def held(folder: Path, name: str) -> Iterator[None]:
+    """`locked` by rank 0, for all: called by all ranks."""
     with ExitStack() as stack:
         with distributed.on_main():
             if distributed.is_main():
-                stack.enter_context(locked(run_dir, "run_dir"))
+                stack.enter_context(locked(folder, name))
         yield
 
 
@@ -65,9 +64,18 @@ def locked(folder: Path, name: str) -> Iterator[None]:
     Raises UserError where another has it.
     """
     make_writable(folder, name)
-    with (folder / ".lock").open("a+") as file:
-        _lock(file, folder, name)
-        yield
+    path = folder / ".lock"
+    with ExitStack() as stack:
+        while True:
+            file = stack.enter_context(path.open("a+"))
+            _lock(file, folder, name)
+            with suppress(FileNotFoundError):
+                if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    break  # else who had it has just deleted it, and another may have made it anew
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _lock(file: IO[str], folder: Path, name: str) -> None:
@@ -77,7 +85,8 @@ def _lock(file: IO[str], folder: Path, name: str) -> None:
         file.seek(0)
         who = file.read().strip() or "another run"
         raise UserError(f"{name} {folder} is in use by {who}: wait for its end, or choose another") from error
-    except OSError:  # a file system without locks
+    except OSError as error:
+        say(f"WARNING: {name} {folder} cannot be locked ({error.strerror}): see that no other process writes there")
         return
     file.truncate(0)
     file.write(f"process {os.getpid()} on host {platform.node()}\n")
@@ -93,16 +102,6 @@ def make_writable(folder: Path, name: str) -> None:
         trial.unlink()
     except OSError as error:
         raise UserError(f"{name} {folder} cannot be written: {error.strerror}") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that readers, and a run after a crash, see the old text or the new one, never a part."""
-    aside = path.with_suffix(".partial")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
 
 
 def digest(value: object) -> str:

@@ -83,11 +83,14 @@ class Difference:
 
 
 def difference(system: Scores, baseline: Scores, metric: str) -> Difference:
-    """`system` minus `baseline`. p is twice the share of samples on the other side of 0, at least 1 / samples."""
+    """`system` minus `baseline`. p is twice the share of samples on the other side of 0, the observed one counted.
+
+    So it is never 0 (Davison and Hinkley 1997, section 4.4).
+    """
     deltas = system.samples[metric] - baseline.samples[metric]
     low, high = np.percentile(deltas, [2.5, 97.5])
-    against = min(np.mean(deltas <= 0), np.mean(deltas >= 0))
-    p = min(1.0, max(2 * float(against), 1 / len(deltas)))
+    against = int(min(np.sum(deltas <= 0), np.sum(deltas >= 0)))
+    p = min(1.0, 2 * (against + 1) / (len(deltas) + 1))
     return Difference(system.point[metric] - baseline.point[metric], float(low), float(high), p)
 
 

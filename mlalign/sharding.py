@@ -14,6 +14,9 @@ from mlalign.prefetch import keep_a_trace_per_pass
 from mlalign.resharding import masters_without_zero
 from mlalign.zero import offloads_optimizer
 
+#: DeepSpeed's own report, and its timer, which would wait for the GPU at every forward.
+_QUIET = {"steps_per_print": 10**9, "timers": {"throughput": {"enabled": False}}}
+
 
 def engine_config(config: Config, zero: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's config: ZeRO and communication from the user's file, the rest from ours.
@@ -30,7 +33,7 @@ def engine_config(config: Config, zero: dict[str, Any]) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.clip,
         "bf16": {"enabled": precision_dtype(config.model.precision) == torch.bfloat16},
         "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
+        **_QUIET,
     }
 
 
@@ -105,7 +108,7 @@ def _forget_first_update(engine) -> None:
 def inference_config(settings: Model, zero: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's config for forward passes only."""
     bf16 = precision_dtype(settings.precision) == torch.bfloat16
-    return zero | {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": bf16}, "steps_per_print": 10**9}
+    return zero | {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": bf16}, **_QUIET}
 
 
 def inference_engine(module: nn.Module, deepspeed_config: dict[str, Any]):

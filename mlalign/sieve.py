@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from mlalign.corpora.item import Item
+from mlalign.durable import write_whole
 from mlalign.errors import UserError
 from mlalign.languages import language_of
 from mlalign.rows import REPORT
-from mlalign.rundir import write_whole
 from mlalign.sifting import EXACT, NORMALISED, NOT, Seen, Sentences, hashes, normalise, ranks, smallest, tags, together
 
 _SPLITS = ("train", "dev", "test")

@@ -127,7 +127,10 @@ def encode(
     Args: deepspeed: a DeepSpeed file of ZeRO-3, which shards the model over the ranks; check: called by all ranks
     between batches, may raise to stop.
     """
-    missing = distributed.broadcast_object([language for language, path in files.items() if not path.exists()])
+    missing = None
+    if distributed.is_main():  # a host that looks before rank 0 has written would remember that nothing is there
+        missing = [language for language, path in files.items() if not path.exists()]
+    missing = distributed.broadcast_object(missing)
     kept = len(files) - len(missing)
     if kept:
         say(f"{kept} of {len(files)} languages are encoded already")

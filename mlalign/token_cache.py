@@ -31,6 +31,7 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
 from mlalign.config import Source
+from mlalign.durable import settle
 from mlalign.errors import UserError
 from mlalign.examples import Counts, PackedRows
 from mlalign.rows import is_local, local_files
@@ -163,8 +164,7 @@ def _save(path: Path, rows: PackedRows, counts: Counts) -> None:
     try:
         _delete_unused(path.parent)
         save_file(rows.arrays, aside, {"about": about, "checksum": _checksum(rows.arrays, about)})
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
+        settle(aside)
         if not _load(type(rows), path):  # what others map stays: not every shared file system lets it go unharmed
             aside.rename(path)
     except (SafetensorError, OSError) as error:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlalign import distributed
+from mlalign.durable import write_whole
 from mlalign.errors import UserError
 
 console = Console(stderr=False, highlight=False)
@@ -174,6 +175,4 @@ def _cut_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             break
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(kept))
-    aside.rename(path)
+    write_whole(path, "".join(kept))

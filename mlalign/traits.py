@@ -57,6 +57,25 @@ def is_plain(lm: nn.Module, decoder: nn.Module) -> bool:
     return len(seen) == 1 and torch.equal(seen[0], states) and bool((logits == 1000).all())
 
 
+@torch.no_grad()
+def chooses_logits(lm: nn.Module) -> bool:
+    """Whether a model asked for the logits of some tokens, by a mask of all, gives them: [tokens, vocabulary].
+
+    transformers' own architectures do, by `slice_logits_to_keep`.
+    """
+    device = next(lm.parameters()).device
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]], device=device)
+    mask = torch.tensor([[True, False, True], [False, False, True]], device=device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    with _evaluating(lm):
+        every = lm(**inputs).logits[mask]
+        try:
+            chosen = lm(**inputs, logits_to_keep=mask).logits
+        except (TypeError, ValueError, IndexError):  # it does not know of this
+            return False
+    return chosen.shape == every.shape and bool((chosen - every).norm() < 0.02 * every.norm())  # bf16 rounds by 0.004
+
+
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     training = module.training

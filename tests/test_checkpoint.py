@@ -1,15 +1,20 @@
 """Checkpoints of two ranks with a real engine: written in the background, and damaged in every way."""
 
+import json
 import os
 import random
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from mlalign import checkpoint
 from mlalign.config import Config
+from mlalign.durable import settle
 from mlalign.errors import UserError
 
 
@@ -267,3 +272,40 @@ def all_damaged(values: dict) -> str:
 def test_where_none_is_whole_nothing_is_begun_anew_in_silence(ranks, settings):
     for sentence in ranks(2).run(all_damaged, settings):
         assert "is whole: choose another run_dir, or delete" in sentence
+
+
+def an_engine() -> SimpleNamespace:
+    """With as much of a full fine-tuning as `publish` looks at."""
+    return SimpleNamespace(module=SimpleNamespace(lm=torch.nn.Linear(1, 1)))
+
+
+@pytest.mark.parametrize("before", [None, "model", "model.old"])
+def test_a_result_takes_its_name_with_the_checkpoint_of_its_step(tmp_path, before):
+    """`before`: where the result of an earlier step lies, if there is one; a kill may have left it there."""
+    if before:
+        (tmp_path / before).mkdir()
+        (tmp_path / before / "mlalign.json").write_text('{"step": 2}')
+    for step, found in ((2, 2 if before else None), (5, 5)):
+        aside = tmp_path / "model.partial"
+        aside.mkdir()
+        (aside / "mlalign.json").write_text('{"step": 5}')
+        checkpoint.publish(an_engine(), tmp_path, step)
+        names = [path.name for path in tmp_path.iterdir()]
+        assert names == (["model"] if found else [])
+        assert not found or json.loads((tmp_path / "model" / "mlalign.json").read_text())["step"] == found
+
+
+@pytest.mark.parametrize("about", [None, "", "{}", '{"step": '])
+def test_half_a_result_is_not_published(tmp_path, about):
+    (tmp_path / "model.partial").mkdir()
+    if about is not None:
+        (tmp_path / "model.partial" / "mlalign.json").write_text(about)
+    checkpoint.publish(an_engine(), tmp_path, 0)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_is_settled_can_be_read_by_who_reads_other_new_files(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    (tmp_path / "plain").touch()
+    settle(tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -22,6 +22,7 @@ from mlalign.commands.train import train
 from mlalign.config import load
 from mlalign.errors import StoppedError, UserError
 from mlalign.generation import end_ids
+from mlalign.rundir import locked
 from mlalign.tracker import console
 
 PROMPTS = ["play", "what is the weather in paris tomorrow =>", "разбуди меня", "wake me up at nine", "a b", *TEXT]
@@ -241,7 +242,7 @@ def test_a_run_tells_its_groups(settings, tmp_path, tiny_model, rows):
     )
     train(load(recipe))
     known = json.loads((tmp_path / "run/adapter/mlalign.json").read_text())
-    assert known == {"supervised": ["de", "en", "ru"], "aligned": ["de", "en", "ru"]}
+    assert known == {"step": 1, "supervised": ["de", "en", "ru"], "aligned": ["de", "en", "ru"]}
     (report,) = evaluate(replace(settings, adapters=(str(tmp_path / "run"),)))
     assert report["groups"]["supervised"]["languages"] == ["de", "en"]
     assert report["groups"]["unseen"]["languages"] == ["sw"]
@@ -323,6 +324,16 @@ def test_predictions_of_other_settings_or_rows_are_never_mixed(settings, tmp_pat
     (run / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match=r"is a run of `mlalign train`"):
         evaluate(replace(settings, output=run))
+
+
+def test_two_evaluations_at_once_do_not_mix(settings):
+    with locked(settings.output, "output"):
+        for asked in (settings, replace(settings, model=None, test=(), score_only=True)):
+            settings.output.joinpath("evaluation.json").touch()
+            with pytest.raises(UserError, match=rf"output {settings.output} is in use by process {os.getpid()} on"):
+                evaluate(asked)
+    settings.output.joinpath("evaluation.json").unlink()
+    evaluate(settings)
 
 
 def test_score_only_needs_no_model_and_gives_the_same_report(settings):

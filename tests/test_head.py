@@ -86,7 +86,11 @@ def test_the_loss_is_that_of_the_models_logits(monkeypatch, architecture):
     aligned.ask()
     assert aligned.fused == (architecture not in {"gemma2", "cohere", "granite"})
     assert lm.training
+    assert aligned.chosen == (not aligned.fused)
+    rows_of_logits = []
+    lm.get_output_embeddings().register_forward_hook(lambda *given: rows_of_logits.append(given[2].shape[:-1].numel()))
     found = aligned(task=task)
+    assert aligned.fused or rows_of_logits == [len(task["targets"])], "logits of learned tokens alone"
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(torch.autograd.grad(found, list(lm.parameters())), gradients):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)

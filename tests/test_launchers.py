@@ -284,3 +284,36 @@ def test_a_rank_that_dies_while_a_checkpoint_is_saved_is_no_full_disk(tmp_path):
     ]
     said = first.communicate(timeout=120)[1]
     assert "RuntimeError" in said and "UserError" not in said
+
+
+def timeouts() -> list[float]:
+    """Seconds that a collective may take, of torch's group of all, and of the one that ZeRO uses."""
+    from deepspeed.utils import groups
+
+    every = (torch.distributed.group.WORLD, groups._get_data_parallel_group())
+    backends = [group._get_backend(torch.device("cpu")) for group in every]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
+def test_zeros_own_group_waits_as_long_as_all_others(ranks):
+    """Else torch's 10 minutes with NCCL would end a run before the watchdog can say which rank holds it up."""
+    assert ranks(2).run(timeouts) == [[7200, 7200]] * 2
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, None), ({"OMP_NUM_THREADS": "3"}, 3)])
+def test_a_rank_has_its_share_of_the_cores(tmp_path, given, found):
+    """DeepSpeed's CPU Adam is as fast as it has threads."""
+    (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$OMP_NUM_THREADS"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    usual = {name: value for name, value in alone_in_the_world().items() if name != "OMP_NUM_THREADS"}
+    usual |= {"PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"}
+    cores = len(os.sched_getaffinity(0))
+    for nproc in (1, 2, 100):
+        asked = subprocess.run(
+            ["bash", ROOT / "launch/torchrun.sh", "c.yaml"],
+            env=usual | given | {"NPROC": str(nproc)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert int(asked.stdout) == (found or max(cores // nproc, 1))

@@ -22,6 +22,7 @@ from mlalign.commands.merge import Settings, merge
 from mlalign.errors import UserError
 from mlalign.merging import Recipe, merge_adapters, read_adapter
 from mlalign.plots import plot_curve
+from mlalign.rundir import locked
 from mlalign.tracker import console
 
 ARCHITECTURES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
@@ -457,6 +458,8 @@ def test_again_into_the_same_directory(pair, llama, tmp_path):
     run(*pair, tmp_path / "out", weight=0.3)
     assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == first
     other = make_adapter(llama, tmp_path / "other", 9, target_modules=EVERY)
+    with locked(tmp_path / "out", "output"), pytest.raises(UserError, match=r"output .*out is in use by process"):
+        run(*pair, tmp_path / "out")
     with pytest.raises(UserError, match="out holds an adapter that was not made of these two"):
         run(pair[0], other, tmp_path / "out")
     with pytest.raises(UserError, match="task holds an adapter that was not made of these two"):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -252,6 +253,25 @@ def test_what_is_advised_where_nothing_fits_does_fit(settings):
     found = planned(OmegaConf.to_container(changed), ranks=2)
     assert advised.keys() <= {"model.gradient_checkpointing", "task.micro_batch_size", "alignment.micro_batch_size"}
     assert found["memory"]["peak"] <= gib * GIB * 1.1  # the shapes are those of other micro-batches now
+
+
+def test_no_more_ranks_are_advised_than_share_the_batches(settings):
+    """Of 24 pairs 2, 4 and 8 ranks have the same, 16 have not."""
+    settings["alignment"]["batch_size"] = 24
+    needed = planned(settings, ranks=1, memory_per_gpu=1)["advice"]["needed"]
+    for share in (0.6, 0.4, 0.3, 0.25, 0.2, 0.1):
+        sentence = planned(settings, ranks=1, memory_per_gpu=share * min(needed.values()) / GIB)["advice"]["sentence"]
+        assert not re.search(r"on (16|32|64|\d{3,}) ranks", sentence), sentence
+
+
+@pytest.mark.parametrize(
+    ("device", "saving", "held"),
+    [("cuda", "auto", True), ("cuda", False, False), ("cpu", "auto", False), ("cpu", True, True)],
+)
+def test_a_checkpoint_that_is_written_meanwhile_takes_host_memory(settings, device, saving, held):
+    found = planned(settings | {"async_checkpoint": saving}, ranks=2, device=device)
+    copied = 12 * found["model"]["trainable"] / 2
+    assert found["memory"]["host"] == ({"checkpoint": pytest.approx(copied, abs=12)} if held else {})
 
 
 def test_measured_steps_give_the_time(settings, tmp_path):

@@ -31,7 +31,7 @@ def ids(path) -> list[str]:
 
 
 def names(folder) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.name != ".lock"} if folder.exists() else set()
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
 def pair(src, tgt, id_=None, languages=("de", "en")) -> dict:

@@ -13,9 +13,9 @@ LAYERS = [
     | {"tasks.prompts", "sifting", "corpora", "jobs", "kernels", "prefetch", "durable"},
     {"launchers", "hostile", "scoring"},
     {"config", "distributed", "tasks", "tasks.slot_filling", "tasks.translation"},
+    {"tracker"},
     {
         "zero",
-        "tracker",
         "rundir",
         "schedule",
         "rows",

@@ -211,6 +211,7 @@ def test_json_answers_are_read_back():
     [
         ("de", ["Der Hund schläft auf dem Sofa.", "Ich weiß es nicht, sagte sie.", "Das war gestern!"], "13a"),
         ("zh", ["狗在沙发上睡觉。", "她说她不知道。", "那是昨天的事!"], "zh"),
+        ("yue", ["隻狗喺梳化瞓覺。", "佢話佢唔知。", "嗰個係尋日嘅事!"], "zh"),
         ("ja", ["犬がソファで寝ている。", "知らないと彼女は言った。", "昨日のことだ。"], "char"),
     ],
 )

@@ -137,3 +137,28 @@ def test_gradients_of_adapters_are_averaged_once_a_step(ranks, settings, tmp_pat
     often = ranks(2).run(reductions, settings)[0]
     assert often == once
     assert max(once) > 1000, "no gradient was averaged"
+
+
+def waits(values: dict) -> int:
+    """How often DeepSpeed asks to wait for the device in the steps after the third; on CPUs it returns at once."""
+    from deepspeed.accelerator import get_accelerator
+
+    from mlalign.commands import train
+    from mlalign.config import Config
+
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        running = train.real_steps(Config.model_validate(values))
+        for _ in range(3):
+            next(running)
+        patch.setattr(type(get_accelerator()), "synchronize", lambda *_: seen.append(None))
+        for _ in range(STEPS):
+            next(running)
+    return len(seen)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_does_not_wait_for_the_device_to_measure_time(ranks, settings, tmp_path, stage):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    assert ranks(2).run(waits, settings | {"deepspeed": str(path), "log_every": 1000}) == [0, 0]

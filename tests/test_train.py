@@ -93,7 +93,6 @@ def test_the_run_directory_holds_what_the_readme_says(tmp_path, recipe, tiny_mod
         "tensorboard",
         "checkpoints",
         "adapter",
-        ".lock",
     }
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     logged = {
@@ -379,6 +378,19 @@ def test_a_signal_in_the_last_step_leaves_the_adapter_to_be_written(settings, ro
     straight = settings | {"run_dir": str(tmp_path / "straight")}
     assert train_with(straight, lambda backward, *arguments: backward(*arguments)) == "done"
     assert adapter.read_bytes() == (Path(straight["run_dir"]) / "adapter/adapter_model.safetensors").read_bytes()
+
+
+def test_rows_that_were_edited_are_not_gone_on_with(ranks, settings, tmp_path):
+    """As many rows as before, so that every place in the order would mean another row in silence."""
+    path = Path(shutil.copy(settings["task"]["train"], tmp_path))
+    settings["task"]["train"] = str(path)
+    assert ranks(1).run(failure, settings) == ["no error"]
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+    (message,) = ranks(1).run(failure, settings)
+    assert message.startswith(f"the rows of task.train are not those that {settings['run_dir']} was started with")
+    path.write_text("\n".join(lines) + "\n")
+    assert ranks(1).run(failure, settings) == ["no error"]
 
 
 def test_an_adapter_of_an_earlier_start_is_written_anew(ranks, settings):

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from studies import PAPER_ADAPTERS, SMALL_ADAPTERS, Arm
 
+from mlalign.durable import write_whole
 from mlalign.errors import UserError
-from mlalign.rundir import write_whole
 from mlalign.tracker import say
 
 GROUPS = ("supervised", "aligned", "unseen")

@@ -33,9 +33,10 @@ from cells import RECIPE, Cell, Setting, announce, probe, run_all
 from studies import STUDIES, Study
 
 from mlalign.config import Model
+from mlalign.durable import write_whole
 from mlalign.errors import UserError
 from mlalign.model import load_model_config
-from mlalign.rundir import make_writable, write_whole
+from mlalign.rundir import make_writable
 from mlalign.tracker import console, say
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -16,11 +16,12 @@ from rich.table import Table
 
 from mlalign import __version__
 from mlalign.comet import kept_scores
+from mlalign.durable import write_whole
 from mlalign.errors import UserError
 from mlalign.plots import plot_scores
 from mlalign.predictions import Predictions, read_evaluation, read_predictions, statistics
 from mlalign.report import show
-from mlalign.rundir import make_writable, write_whole
+from mlalign.rundir import make_writable
 from mlalign.scoring import Scores, difference, language_groups, mean, score
 from mlalign.tasks import load_task
 from mlalign.tracker import console, say
@@ -238,7 +239,7 @@ def _interval(metric: str, found: dict) -> str:
 
 
 def _p(value: float) -> str:
-    return "<= 0.001" if value <= 0.001 else f"{value:.3f}"
+    return "< 0.002" if value < 0.002 else f"{value:.3f}"
 
 
 # ----------------------------------------------------------------------------------------------------------- showing

@@ -25,8 +25,9 @@ from mlalign import distributed, jobs, report
 from mlalign.comet import comet_scores
 from mlalign.config import Model, Source
 from mlalign.data import answer_text, encode_prompt
+from mlalign.durable import write_whole
 from mlalign.errors import UserError
-from mlalign.generation import Decoding, Generate, open_backend
+from mlalign.generation import Decoding, open_backend
 from mlalign.model import adapter_file, adapter_folder, load_model_config, load_tokenizer, precision_dtype
 from mlalign.predictions import (
     Predictions,
@@ -37,7 +38,7 @@ from mlalign.predictions import (
     write_predictions,
 )
 from mlalign.rows import is_local, matching, read_rows
-from mlalign.rundir import digest, files_of, make_writable, write_whole
+from mlalign.rundir import digest, files_of, held
 from mlalign.scoring import sides
 from mlalign.tasks import load_task
 from mlalign.tracker import say
@@ -92,7 +93,11 @@ def evaluate(settings: Settings) -> list[dict]:
         unused = [name for name in ("model", "test", "adapters", "max_rows") if getattr(settings, name)]
         if unused:
             raise UserError(f"{unused[0]} has no use with --score-only, which scores what {settings.output} holds")
-        return [_report(settings, task, folder) for folder in _scored(settings.output)]
+        reports = []
+        for folder in _scored(settings.output):
+            with held(folder, "output"):
+                reports.append(_report(settings, task, folder))
+        return reports
     if settings.model is None or not settings.test:
         raise UserError("evaluate needs a MODEL and --test files, unless --score-only scores what an OUTPUT holds")
     adapters = _adapters(settings)
@@ -109,15 +114,9 @@ def evaluate(settings: Settings) -> list[dict]:
                 adapter=adapter,
                 **{name: getattr(settings, name) for name in _DECODED},
             )
-            _predict(
-                settings,
-                decoding,
-                tests,
-                folder,
-                lambda decoding=decoding: open_backend(decoding, tokenizer),
-                signals.check,
-            )
-            reports.append(_report(settings, task, folder))
+            with held(folder, "output"):
+                _predict(settings, decoding, tests, folder, tokenizer, signals.check)
+                reports.append(_report(settings, task, folder))
     return reports
 
 
@@ -196,7 +195,7 @@ def _predict(
     decoding: Decoding,
     tests: dict[str, _Tests],
     folder: Path,
-    open_model: Callable[[], Generate],
+    tokenizer,
     check: Callable[[], None],
 ) -> None:
     """Write the prediction files that are missing. Called by all ranks; rank 0 alone reads and writes files."""
@@ -208,7 +207,7 @@ def _predict(
     )
     if len(missing) < len(tests) and not settings.quiet:
         say(f"{len(tests) - len(missing)} of {len(tests)} languages are in {folder / 'predictions'} already")
-    generate = open_model() if missing else None
+    generate = open_backend(decoding, tokenizer) if missing else None
     for number, language in enumerate(missing, len(tests) - len(missing) + 1):
         of, start = tests[language], time.monotonic()
         texts = generate(of.prompts, check)
@@ -225,8 +224,7 @@ def _predict(
 
 
 def _claim(settings: Settings, decoding: Decoding, tests: dict[str, _Tests], folder: Path) -> None:
-    """Make the output directory; one with predictions of other settings, weights or test rows is refused."""
-    make_writable(folder, "output")
+    """Refuse an output directory with predictions of other settings, weights or test rows."""
     if (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists():
         raise UserError(f"output {folder} is a run of `mlalign train`: choose a directory in it, such as {folder}/test")
     how = asdict(decoding) | {

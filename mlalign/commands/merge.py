@@ -25,12 +25,13 @@ from safetensors.torch import save_file
 
 from mlalign import __version__, distributed, merging
 from mlalign.config import Model
+from mlalign.durable import settle, write_whole
 from mlalign.errors import UserError
 from mlalign.merged_config import adapter_config
 from mlalign.merging import CONFIG, SPARSE, WEIGHTS, Adapter, Merged, Recipe
 from mlalign.model import load_model_config
 from mlalign.plots import plot_curve
-from mlalign.rundir import make_writable, write_whole
+from mlalign.rundir import held
 from mlalign.tracker import console, say
 
 _GRID = tuple(step / 10 for step in range(11))
@@ -70,6 +71,13 @@ def merge(settings: Settings) -> dict:
     merging.check_pair(task, alignment, one_model=settings.model is not None)
     model = settings.model or task.config.get("base_model_name_or_path") or None
     _check_size(settings, task, alignment, model)
+    with held(settings.output, "output"):
+        return _merge(settings, recipe, grid, task, alignment, model)
+
+
+def _merge(
+    settings: Settings, recipe: Recipe, grid: list[float] | None, task: Adapter, alignment: Adapter, model: str | None
+) -> dict:
     with distributed.on_main():
         if distributed.is_main():
             _claim(settings.output, task, alignment)
@@ -164,8 +172,7 @@ def _check_size(settings: Settings, task: Adapter, alignment: Adapter, model: st
 
 
 def _claim(output: Path, task: Adapter, alignment: Adapter) -> None:
-    """Make the output directory; one that holds something else is refused."""
-    make_writable(output, "output")
+    """Refuse an output directory that holds something else."""
     run = "a run of `mlalign train`"
     for name, what in (("metrics.jsonl", run), ("checkpoints", run), ("config.json", "a model")):
         if (output / name).exists():
@@ -375,6 +382,7 @@ def _write_adapter(folder: Path, save: Callable[[Path], Any], config: dict[str, 
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)
         save(aside)
+        settle(aside)
         aside.rename(folder / WEIGHTS)
         for name, value in beside.items():
             write_whole(folder / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

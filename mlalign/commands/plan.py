@@ -17,10 +17,10 @@ from rich.table import Table
 from mlalign import distributed, launchers, model
 from mlalign.commands import train
 from mlalign.config import Config
+from mlalign.durable import write_whole
 from mlalign.errors import UserError
 from mlalign.estimate import GIB, RESERVE, SHIPPED, Estimate, Job, advise, estimate
 from mlalign.memory import PARTS
-from mlalign.rundir import write_whole
 from mlalign.tracker import console, say
 from mlalign.workload import negatives, steps_of_run, survey
 from mlalign.zero import read_deepspeed
@@ -154,13 +154,19 @@ def _show(result: dict[str, Any], settings: Settings) -> None:
         if each["missing"]:
             say(f"{name}: {each['missing']}: rows of {name}.max_length are assumed")
     console.print(_memory_table(memory))
-    if memory["host"]:
+    offloaded = sum(size for part, size in memory["host"].items() if part != "checkpoint")
+    if offloaded:
         where = "of them in" if run["device"] == "cpu" else "and, offloaded,"
-        say(f"{where} {_size(sum(memory['host'].values()))} of host memory per rank")
+        say(f"{where} {_size(offloaded)} of host memory per rank")
+    if "checkpoint" in memory["host"]:
+        copied = _size(memory["host"]["checkpoint"])
+        say(f"and {copied} of host memory per rank for a copy of a checkpoint, while it is written")
     if result["measured"]:
         of = "its process, libraries included" if run["device"] == "cpu" else "tensors"
         say(f"measured in {settings.measure} steps on rank 0: {_size(result['measured']['memory'])} of {of}")
-    say(f"disk: {_size(disk['checkpoint'])} a checkpoint, best and last two are kept; result {_size(disk['result'])}")
+    kept = "best and last two are kept, and one more while it is written"
+    result_kept = "twice while it is written, when rank 0 holds it in host memory too"
+    say(f"disk: {_size(disk['checkpoint'])} a checkpoint, {kept}; result {_size(disk['result'])}, {result_kept}")
     say(_time_line(run["steps"], result["time"]))
     if "advice" in result:
         console.print(_advice_table(result["advice"], run["device"]))

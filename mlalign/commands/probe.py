@@ -24,6 +24,7 @@ import numpy as np
 
 from mlalign import __version__, distributed
 from mlalign.config import Model
+from mlalign.durable import write_whole
 from mlalign.errors import UserError
 from mlalign.model import adapter_folder, load_model_config
 from mlalign.parallel import Parallel, read_parallel
@@ -41,7 +42,7 @@ from mlalign.probe_report import (
     shared_languages,
 )
 from mlalign.probe_show import draw, log, show
-from mlalign.rundir import make_writable, write_whole
+from mlalign.rundir import make_writable
 from mlalign.states import Encoder, encode, load_layer, state_files
 from mlalign.tracker import say
 from mlalign.zero import read_deepspeed

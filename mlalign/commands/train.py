@@ -18,6 +18,7 @@ from mlalign import checkpoint, distributed, model, schedule, sharding
 from mlalign.compiling import compile_blocks
 from mlalign.config import Config
 from mlalign.dataset import Dataset, load_dataset
+from mlalign.durable import write_whole
 from mlalign.errors import StoppedError, UserError
 from mlalign.evaluation import evaluate, to_device
 from mlalign.gradients import GradientMeter
@@ -40,7 +41,7 @@ from mlalign.objectives import (
     task_backward,
 )
 from mlalign.packing import choose_pad
-from mlalign.rundir import digest, held, open_run, write_whole
+from mlalign.rundir import digest, held, open_run
 from mlalign.tracker import Meter, Tracker, say
 from mlalign.watchdog import Watchdog
 from mlalign.zero import offloads_optimizer, read_deepspeed
@@ -93,7 +94,7 @@ def train(config: Config) -> None:
     run_dir = Path(config.run_dir)
     config.check_ranks(distributed.world_size())
     watch = Watchdog(config.stuck_after, run_dir)
-    with held(run_dir), memory_said(config, lambda: (watch.phase, watch.step)):
+    with held(run_dir, "run_dir"), memory_said(config, lambda: (watch.phase, watch.step)):
         open_run(config, run_dir)
         _train(config, engine_config, run_dir, watch)
 
@@ -117,6 +118,8 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
     progress = _resume(engine, dataset, meter, run_dir, config.seed, steps)
     kept = progress.step  # what the latest checkpoint holds
     engine.module.register_forward_pre_hook(lambda *_: watch.touch())
+    checkpoint.publish(engine, run_dir, progress.best_step)  # a run may have been killed before it came to it
+    unpublished = None  # the step of a result that waits for its checkpoint
     saver = checkpoint.Saver(engine, run_dir, _saves_in_background(config, engine_config), watch.touch)
     tracker = Tracker(run_dir, progress.step, steps)
     if progress.step == 0:
@@ -157,7 +160,9 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
             )
             if improved or (unexported and not stop):
                 watch.at("export", progress.step)
-                checkpoint.export(engine, tokenizer, run_dir, dataset.languages(), watch.touch)
+                unpublished = progress.step
+                about = {"step": unpublished, **dataset.languages()}
+                checkpoint.export(engine, tokenizer, run_dir, about, watch.touch)
             due = finished or stop or progress.step % config.checkpoint_every == 0
             if evaluated or (due and progress.step > kept):
                 watch.at("checkpoint", progress.step)
@@ -167,6 +172,10 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
                 meter.restart_clock()
             if finished or stop:
                 saver.finish()
+            if unpublished is not None and not saver.pending:
+                checkpoint.publish(engine, run_dir, unpublished)
+                unpublished = None
+            if finished or stop:
                 break
 
             watch.at("data", progress.step + 1)
@@ -302,7 +311,8 @@ def _saves_in_background(config: Config, engine_config: dict[str, Any]) -> bool:
 def _save(
     saver: checkpoint.Saver, dataset: Dataset, loader: Loader, meter: Meter, progress: Progress, steps: int
 ) -> None:
-    state = {"progress": asdict(progress), "orders": loader.state(), "sizes": _sizes(dataset, steps)}
+    state = {"progress": asdict(progress), "orders": loader.state()}
+    state |= {"sizes": _sizes(dataset, steps), "digests": dataset.digests}
     own = {f"random_state.{number}": each for number, each in enumerate(random_state())}
     own |= {f"losses.{objective}": losses for objective, losses in meter.losses().items()}
     saver.save(progress.step, state, own, keep={progress.best_step})
@@ -314,7 +324,7 @@ def _sizes(dataset: Dataset, steps: int) -> dict[str, int]:
 
 
 def _resume(engine, dataset: Dataset, meter: Meter, run_dir: Path, seed: int, steps: int) -> Progress:
-    """Go back to the latest checkpoint, or start. Raises UserError where the data has another number of rows now."""
+    """Go back to the latest checkpoint, or start. Raises UserError where the data is not what it was."""
     name = checkpoint.newest_whole(run_dir)
     if name is None:
         _seed(seed, step=0)
@@ -327,6 +337,12 @@ def _resume(engine, dataset: Dataset, meter: Meter, run_dir: Path, seed: int, st
         now = ", ".join(f"{sizes.get(what, 0)}" for what in changed)
         raise UserError(
             f"{run_dir} was started with {then}, now the data gives {now}: put the data back, or choose another run_dir"
+        )
+    edited = [name for name, digest in state["digests"].items() if digest != dataset.digests.get(name, digest)]
+    if edited:
+        raise UserError(
+            f"the rows of {edited[0]}.train are not those that {run_dir} was started with, though as many: put the "
+            "data back (and the tokenizer), or choose another run_dir"
         )
     for objective, order in dataset.orders.items():
         order.restore(state["orders"][objective])

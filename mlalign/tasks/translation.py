@@ -17,7 +17,7 @@ MAIN = "chrf++"
 LOWER_IS_BETTER = ("off_target",)
 
 #: sacrebleu's tokenizers for languages that put no spaces between words; elsewhere it is 13a.
-_TOKENIZERS = {"zh": "zh"} | dict.fromkeys(("ja", "th", "km", "lo", "my", "bo"), "char")
+_TOKENIZERS = dict.fromkeys(("zh", "yue", "wuu"), "zh") | dict.fromkeys(("ja", "th", "km", "lo", "my", "bo"), "char")
 
 
 _VARIETIES = ({"no", "nb", "nn"}, {"zh", "wuu", "yue"}, {"ar", "arz", "ary"})
