@@ -1,5 +1,6 @@
 """Fixtures: real ranks, a tiny model and tokenizer, and rows of data. Nothing is mocked."""
 
+import inspect
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -12,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,6 +35,11 @@ TEXT = [
     "какая завтра погода в париже",
 ]
 
+#: Test files by the time they take, most first.
+_LONG = [
+    f"test_{name}" for name in ("slurm", "real_data", "study", "train", "corruptions", "faults", "launchers", "loss")
+]
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
@@ -45,8 +52,17 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["MLALIGN_CACHE"] = tempfile.mkdtemp(prefix="mlalign-tests-")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes first, so that no worker comes to one when the other is done."""
+    items.sort(key=lambda item: _LONG.index(item.path.stem) if item.path.stem in _LONG else len(_LONG))
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(os.environ["MLALIGN_CACHE"], ignore_errors=True)
+
+
+#: What takes ranks seconds to import, and once imported can be shared by all.
+_IMPORTED = ["deepspeed", *(f"mlalign.commands.{name}" for name in ("train", "probe", "merge"))]
 
 
 class RankPool:
@@ -56,7 +72,8 @@ class RankPool:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_IMPORTED)
         self._pipes, self._processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
@@ -106,9 +123,9 @@ def _serve(rank: int, size: int, port: str, pipe) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=port,
     )
-    _mind_strides()
     from mlalign import distributed
 
+    _mind_strides(torch.distributed, distributed)
     distributed.init()
     while True:
         function, args = pipe.recv()
@@ -118,12 +135,14 @@ def _serve(rank: int, size: int, port: str, pipe) -> None:
             pipe.send((False, traceback.format_exc()))
 
 
-def _mind_strides() -> None:
+def _mind_strides(*modules: ModuleType) -> None:
     """Refuse what only gloo forgives: NCCL sends and writes memory as it lies, whatever strides a tensor has."""
-    sending = ("all_reduce", "broadcast", "send", "recv", "all_gather_into_tensor", "reduce_scatter_tensor")
-    for name in (*sending, "all_gather_single", "reduce_scatter_single"):
-        if hasattr(torch.distributed, name):
-            setattr(torch.distributed, name, _minding_strides(getattr(torch.distributed, name)))
+    sending = {"all_reduce", "broadcast", "send", "recv", "all_gather_into_tensor", "reduce_scatter_tensor"}
+    sending |= {"all_gather_single", "reduce_scatter_single"}
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if getattr(value, "__name__", None) in sending and inspect.isfunction(value):
+                setattr(module, name, _minding_strides(value))
 
 
 def _minding_strides(collective: Callable) -> Callable:

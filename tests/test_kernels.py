@@ -24,7 +24,7 @@ def loading(**environment: str) -> subprocess.Popen:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def lock() -> Path:
     """Where torch's lock lies beside a kernel that is compiled."""
     assert "loaded" in loading().communicate(timeout=300)[0]
