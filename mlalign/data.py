@@ -24,7 +24,7 @@ from mlalign.errors import UserError
 from mlalign.examples import Counts, Pair, TaskExample
 from mlalign.hostile import checked_name
 from mlalign.loss import IGNORED
-from mlalign.rows import Row, is_local, read_rows
+from mlalign.rows import Row, is_local, read_rows, row_id
 
 UNKNOWN = "?"  #: the language of a task row that does not say it
 TASK_FIELDS = ("messages", "prompt", "completion", "lang", "id")
@@ -131,16 +131,10 @@ def load_bitext(
         yield pair
 
 
-def row_id(row: Row) -> str:
-    """What rows share that say the same; empty where a row has none, or a blank one, as in an empty column."""
-    own = "" if row.get("id") is None else str(row["id"])
-    return own if own.strip() else ""
-
-
-def _own_id(row: Row, source: Source) -> str:
+def _own_id(row: Row, source: Source) -> str | None:
     """`row_id`, within its source: each dataset of the hub numbers its own rows."""
     own = row_id(row)
-    return own if not own or is_local(source.path) else f"{source.path} {source.subset} {own}"
+    return own if own is None or is_local(source.path) else f"{source.path} {source.subset} {own}"
 
 
 def _encoded(

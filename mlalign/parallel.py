@@ -5,27 +5,30 @@ FLORES and NTREX: one table of all languages. Or bitext rows against one pivot l
 Each distinct sentence of a language is held once, so that it passes the model once.
 """
 
-import glob
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlalign.config import Source
-from mlalign.corpora.item import refuse_twice
+from mlalign.corpora.item import (
+    PLAIN,
+    Sentence,
+    by_language,
+    holds_pairs,
+    hub_configurations,
+    hub_splits,
+    input_files,
+    refuse_unknown,
+    sentence,
+    sentences,
+)
 from mlalign.data import bitext_fields
 from mlalign.errors import UserError
 from mlalign.hostile import checked_name
-from mlalign.rows import REPORT, Row, is_local, matching, read_rows
+from mlalign.rows import SUFFIXES, Row, is_local, read_file
 
-MIN_SENTENCES = 5  #: a margin looks at four neighbours beside the sentence itself
+MIN_SENTENCES = 5  #: a margin looks at four neighbours besides the sentence itself
 MAX_SENTENCES = 20_000  #: every sentence is compared with every other: 1.6 GB at once
-
-_PLAIN = (".txt", ".dev", ".devtest", ".test")  # one sentence a line: FLORES-200 and NTREX as they are published
-_ROWS = (".jsonl", ".json", ".csv", ".parquet")
-_TEXT_FIELDS = ("text", "sentence")  # FLORES+ and the data of most others; FLORES-200 on the hub
-
-Entry = tuple[str, str | None, str]  # where, id, text
 
 
 @dataclass
@@ -70,8 +73,7 @@ def read_parallel(data: str, languages: list[str] | None, max_sentences: int | N
     if split is not None:
         raise UserError(f"{data} is local: a split belongs to a hub dataset, name its directory instead")
     files = _files(data)
-    first_rows = {path: next(iter(read_rows(Source(path=glob.escape(str(path))))), None) for path in _of(files, _ROWS)}
-    bitext = [path for path, first in first_rows.items() if first and not {"src", "translation"}.isdisjoint(first[1])]
+    bitext = [path for path in files if path.suffix in SUFFIXES and holds_pairs(path)]
     if bitext:
         others = [path for path in files if path not in bitext]
         if others:
@@ -88,96 +90,51 @@ def read_parallel(data: str, languages: list[str] | None, max_sentences: int | N
 
 
 def _files(data: str) -> list[Path]:
-    folder = Path(data)
+    folder, there = Path(data), input_files(data, "dev.*.jsonl")
     if not folder.is_dir():
-        files = [Path(path) for path in matching(data) if Path(path).is_file()]
-        if not files:
-            raise UserError(f"{data} {'matches no file' if glob.has_magic(data) else 'does not exist'}")
-        return files
-    if (folder / REPORT).exists():
-        raise UserError(f"{data} is what `mlalign prepare` wrote: name files of it, such as {data}/dev.*.jsonl")
-    files = _of(sorted(folder.iterdir()), _PLAIN + _ROWS)
+        return there
+    files = [path for path in there if path.suffix in PLAIN + SUFFIXES]
     if not files:
         inside = sorted(path.name for path in folder.iterdir() if path.is_dir())
         hint = f" (it has the directories {', '.join(inside)})" if inside else ""
-        raise UserError(f"{data} holds no file that ends in {', '.join(_PLAIN + _ROWS)}{hint}")
+        raise UserError(f"{data} holds no file that ends in {', '.join(PLAIN + SUFFIXES)}{hint}")
     return files
 
 
-def _of(paths: Iterable[Path], suffixes: tuple[str, ...]) -> list[Path]:
-    return [path for path in paths if path.suffix in suffixes]
+def _read_files(files: list[Path], data: str, languages: list[str] | None) -> dict[str, list[Sentence]]:
+    found = by_language(files)
+    refuse_unknown(languages, found, data)
+    return {name: [_full(one) for one in sentences(found[name])] for name in languages or sorted(found)}
 
 
-def _read_files(files: list[Path], data: str, languages: list[str] | None) -> dict[str, list[Entry]]:
-    codes = [
-        path.stem.rpartition(".")[2] for path in files
-    ]  # eng_Latn.jsonl, eng_Latn.devtest, newstest2019-ref.deu.txt
-    refuse_twice((f"language {code}", path) for code, path in zip(codes, files))
-    by_language = dict(zip(codes, files))
-    _refuse_unknown(languages, by_language, data)
-    return {name: list(_entries(by_language[name])) for name in languages or sorted(by_language)}
-
-
-def _entries(path: Path) -> Iterator[Entry]:
-    if path.suffix in _PLAIN:
-        yield from _lines(path)
-        return
-    for number, (where, row) in enumerate(read_rows(Source(path=glob.escape(str(path)))), 1):
-        if path.suffix == ".jsonl" and where != f"{path}:{number}":
-            raise UserError(f"{path}:{number} is empty: every line must be a sentence")
-        yield _entry(row, where)
-
-
-def _lines(path: Path) -> Iterator[Entry]:
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")  # no other mark ends a line
-    if lines[-1] == b"":
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        try:
-            text = line.decode().strip()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not valid UTF-8 (byte {error.start})") from error
-        if not text:
-            raise UserError(f"{where} is empty: every line must be a sentence")
-        yield where, None, text
-
-
-def _entry(row: Row, where: str) -> Entry:
-    name = next((name for name in _TEXT_FIELDS if name in row), _TEXT_FIELDS[0])
-    if not isinstance(row.get(name), str) or not row[name].strip():
-        raise UserError(f"{where}: no text in field {name!r} (found {', '.join(map(repr, row)) or 'nothing'})")
-    return where, None if row.get("id") is None else str(row["id"]), row[name].strip()
+def _full(one: Sentence) -> Sentence:
+    if not one.text:
+        raise UserError(f"{one.where} is empty: every line must be a sentence")
+    return one
 
 
 # ------------------------------------------------------------------------------------------------------ from the hub
 
 
-def _read_hub(name: str, languages: list[str] | None, split: str | None) -> dict[str, list[Entry]]:
+def _read_hub(name: str, languages: list[str] | None, split: str | None) -> dict[str, list[Sentence]]:
     """One configuration per language, as FLORES+ has them; else one table with the language in its columns."""
-    import datasets  # here: it takes seconds, and files need it not
-
-    try:
-        configurations = datasets.get_dataset_config_names(name)
-        named = [each for each in configurations if each not in ("default", "all")]
-        splits = datasets.get_dataset_split_names(name, (named or configurations)[0])
-    except Exception as error:  # datasets raises many kinds
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{name} is neither a local directory nor a readable hub dataset: {reason}") from error
+    configurations = hub_configurations(name)
+    named = [each for each in configurations if each not in ("default", "all")]
+    splits = hub_splits(name, (named or configurations)[0])
     if split is None and len(splits) > 1:
         raise UserError(f"{name} has the splits {', '.join(splits)}: choose one with --split")
     split = split or splits[0]
     if split not in splits:
         raise UserError(f"{name} has no split {split}, but {', '.join(splits)}")
     if not named:
-        corpora: dict[str, list[Entry]] = {}
+        corpora: dict[str, list[Sentence]] = {}
         for where, row in _hub_rows(name, configurations[0], split):
-            corpora.setdefault(_language_column(row, where), []).append(_entry(row, where))
-        _refuse_unknown(languages, corpora, name)
+            corpora.setdefault(_language_column(row, where), []).append(_full(sentence(row, where)))
+        refuse_unknown(languages, corpora, name)
         return {language: corpora[language] for language in languages or sorted(corpora)}
-    _refuse_unknown(languages, named, name)
+    refuse_unknown(languages, named, name)
     return {
-        language: [_entry(row, where) for where, row in _hub_rows(name, language, split)]
+        language: [_full(sentence(row, where)) for where, row in _hub_rows(name, language, split)]
         for language in languages or sorted(named)
     }
 
@@ -203,52 +160,53 @@ def _language_column(row: Row, where: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-def _one_table(corpora: dict[str, list[Entry]], max_sentences: int | None) -> Parallel:
+def _one_table(corpora: dict[str, list[Sentence]], max_sentences: int | None) -> Parallel:
     if len(corpora) < 2:
         raise UserError(f"only {', '.join(corpora) or 'nothing'} is there: a probe needs two languages at least")
     parallel = Parallel()
     table: dict[str, list[int]] = {}
     for language, entries in _aligned(corpora).items():
-        _refuse_size(len(entries[:max_sentences]), entries[0][0].rpartition(":")[0] or language)
-        table[language] = [parallel.add(language, text, where) for where, _, text in entries[:max_sentences]]
+        _refuse_size(len(entries[:max_sentences]), entries[0].where.rpartition(":")[0] or language)
+        table[language] = [parallel.add(language, one.text, one.where) for one in entries[:max_sentences]]
     parallel.tables.append(table)
     return parallel
 
 
-def _aligned(corpora: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
+def _aligned(corpora: dict[str, list[Sentence]]) -> dict[str, list[Sentence]]:
     """Entry n of every language is the same sentence: by id where there are ids, else by line."""
     empty = next((language for language, entries in corpora.items() if not entries), None)
     if empty is not None:
         raise UserError(f"language {empty} has no sentences")
-    with_id = {where: id_ is not None for entries in corpora.values() for where, id_, _ in entries}
-    if not any(with_id.values()):
+    every = [one for entries in corpora.values() for one in entries]
+    without = next((one.where for one in every if one.id is None), None)
+    having = next((one.where for one in every if one.id is not None), None)
+    if having is None:
         _refuse_unequal(corpora)
         return corpora
-    if not all(with_id.values()):
-        without, has = (next(where for where, one in with_id.items() if one == wanted) for wanted in (False, True))
-        raise UserError(f"{without} has no id, but {has} has one: give ids to all sentences or to none")
+    if without is not None:
+        raise UserError(f"{without} has no id, but {having} has one: give ids to all sentences or to none")
     (first, leading), *_ = corpora.items()
-    by_id = {language: {id_: entry for entry in entries for id_ in [entry[1]]} for language, entries in corpora.items()}
+    by_id = {language: {one.id: one for one in entries} for language, entries in corpora.items()}
     for language, entries in corpora.items():
         if len(by_id[language]) < len(entries):
-            repeated = _first_repeated([id_ for _, id_, _ in entries])
-            second = [where for where, id_, _ in entries if id_ == repeated][1]
+            repeated = _first_repeated([one.id for one in entries])
+            second = [one.where for one in entries if one.id == repeated][1]
             raise UserError(f"{second}: id {repeated!r} stands here a second time")
-        for one, other in ((first, language), (language, first)):
-            lacking = next((entry for id_, entry in by_id[one].items() if id_ not in by_id[other]), None)
+        for this, other in ((first, language), (language, first)):
+            lacking = next((one for own_id, one in by_id[this].items() if own_id not in by_id[other]), None)
             if lacking is not None:
-                file = corpora[other][0][0].rpartition(":")[0] or other
-                raise UserError(f"{lacking[0]}: id {lacking[1]!r} is missing in {file}")
-    return {language: [by_id[language][id_] for _, id_, _ in leading] for language in corpora}
+                file = corpora[other][0].where.rpartition(":")[0] or other
+                raise UserError(f"{lacking.where}: id {lacking.id!r} is missing in {file}")
+    return {language: [by_id[language][one.id] for one in leading] for language in corpora}
 
 
-def _refuse_unequal(corpora: dict[str, list[Entry]]) -> None:
+def _refuse_unequal(corpora: dict[str, list[Sentence]]) -> None:
     longest = max(corpora.values(), key=len)
     for entries in corpora.values():
         if len(entries) < len(longest):
             raise UserError(
-                f"{longest[len(entries)][0]} has no counterpart: {entries[-1][0]} is the last sentence there, and line "
-                "n must be the same sentence in every file"
+                f"{longest[len(entries)].where} has no counterpart: {entries[-1].where} is the last sentence there, "
+                "and line n must be the same sentence in every file"
             )
 
 
@@ -256,7 +214,7 @@ def _pivot_tables(files: list[Path], languages: list[str] | None, max_sentences:
     """Bitext: a table per language pair, all of which share the pivot."""
     pairs: dict[frozenset[str], list[tuple[str, dict[str, str]]]] = {}
     for path in files:
-        for where, row in read_rows(Source(path=glob.escape(str(path)))):
+        for where, row in read_file(path):
             src, tgt, sides = bitext_fields(row, where)
             texts = {sides[0]: src.strip(), sides[1]: tgt.strip()}
             if len(texts) < 2:
@@ -264,7 +222,7 @@ def _pivot_tables(files: list[Path], languages: list[str] | None, max_sentences:
             if not all(texts.values()):
                 raise UserError(f"{where}: an empty side")
             pairs.setdefault(frozenset(texts), []).append((where, texts))
-    _refuse_unknown(languages, set().union(*pairs), str(files[0].parent))
+    refuse_unknown(languages, set().union(*pairs), str(files[0].parent))
     pairs = {pair: rows for pair, rows in pairs.items() if languages is None or pair <= set(languages)}
     if not pairs:
         raise UserError(f"{files[0].parent}: no bitext between {', '.join(languages)}")
@@ -284,12 +242,6 @@ def _pivot_tables(files: list[Path], languages: list[str] | None, max_sentences:
                 table.setdefault(language, []).append(parallel.add(language, text, where))
         parallel.tables.append(table)
     return parallel
-
-
-def _refuse_unknown(languages: list[str] | None, there: Iterable[str], data: str) -> None:
-    unknown = [language for language in languages or [] if language not in there]
-    if unknown:
-        raise UserError(f"{data} has no language {unknown[0]}, but {', '.join(sorted(there))}")
 
 
 def _refuse_size(sentences: int, file: str) -> None:

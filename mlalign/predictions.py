@@ -12,18 +12,17 @@ from types import ModuleType
 
 import numpy as np
 
-from mlalign.config import Source
 from mlalign.durable import write_whole
 from mlalign.errors import UserError
 from mlalign.hostile import checked_name
-from mlalign.rows import read_rows
+from mlalign.rows import read_file, row_id
 
 
 @dataclass(frozen=True)
 class Predictions:
     """Answers of one language and what they are scored against, in the order of the test rows."""
 
-    ids: list
+    ids: list[str | None]  #: see `rows.row_id`
     texts: list[str]
     golds: list[dict]
 
@@ -37,8 +36,8 @@ def write_predictions(folder: Path, language: str, predictions: Predictions) -> 
     path = prediction_file(folder, language)
     path.parent.mkdir(exist_ok=True)
     lines = [
-        {"id": row_id, "lang": language, "prediction": text, "gold": gold}
-        for row_id, text, gold in zip(predictions.ids, predictions.texts, predictions.golds, strict=True)
+        {"id": own_id, "lang": language, "prediction": text, "gold": gold}
+        for own_id, text, gold in zip(predictions.ids, predictions.texts, predictions.golds, strict=True)
     ]
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
@@ -49,10 +48,10 @@ def read_predictions(folder: Path, language: str, rows: int) -> Predictions:
     if not path.is_file():
         raise UserError(f"{path} is missing: run the same `mlalign evaluate` again, it makes what is not there")
     found = Predictions([], [], [])
-    for where, line in read_rows(Source(path=str(path))):
+    for where, line in read_file(path):
         if not isinstance(line.get("prediction"), str) or not isinstance(line.get("gold"), dict):
             raise UserError(f"{where}: expected text in 'prediction' and an object in 'gold', found {', '.join(line)}")
-        found.ids.append(line.get("id"))
+        found.ids.append(row_id(line))
         found.texts.append(line["prediction"])
         found.golds.append(line["gold"])
     if len(found.texts) != rows:

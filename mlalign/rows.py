@@ -16,7 +16,18 @@ from mlalign.errors import UserError
 Row = dict[str, Any]
 
 REPORT = "prepare.json"  #: what `mlalign prepare` leaves beside the rows, and is none
-_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")  #: of files of rows
+
+
+def row_id(row: Row) -> str | None:
+    """What rows share that say the same; None where a row has none, or a blank one, as in an empty column."""
+    own = row.get("id")
+    return None if own is None or not str(own).strip() else str(own)
+
+
+def read_file(path: Path | str) -> Iterator[tuple[str, Row]]:
+    """`read_rows` of one local file, whatever brackets its name holds."""
+    yield from read_rows(Source(path=glob.escape(str(path))))
 
 
 def read_rows(source: Source, streaming: bool = True) -> Iterator[tuple[str, Row]]:
@@ -38,7 +49,7 @@ def read_rows(source: Source, streaming: bool = True) -> Iterator[tuple[str, Row
         elif suffix == ".parquet":
             yield from _read_with_datasets("parquet", data_files=path, split="train", streaming=True)
         else:
-            raise UserError(f"{path} must end in {', '.join(_SUFFIXES)}")
+            raise UserError(f"{path} must end in {', '.join(SUFFIXES)}")
 
 
 def local_files(source: Source) -> list[str]:
@@ -63,7 +74,7 @@ def matching(path: str) -> list[str]:
 
 def is_local(path: str) -> bool:
     """Whether a source is meant as a file, a glob or a directory, and not as a hub id."""
-    return os.path.exists(path) or glob.has_magic(path) or path.startswith(("/", ".")) or Path(path).suffix in _SUFFIXES
+    return os.path.exists(path) or glob.has_magic(path) or path.startswith(("/", ".")) or Path(path).suffix in SUFFIXES
 
 
 def _read_json(path: str) -> Iterator[tuple[str, Row]]:

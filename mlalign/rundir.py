@@ -93,6 +93,30 @@ def _lock(file: IO[str], folder: Path, name: str) -> None:
     file.flush()
 
 
+#: What commands leave in their output directories -> what such a directory is.
+_SIGNS = {
+    "metrics.jsonl": "a run of `mlalign train`",
+    "checkpoints": "a run of `mlalign train`",
+    "evaluation.json": "an evaluation",
+    "probe.json": "a probe",
+    "compare.json": "a comparison",
+    "merge.json": "a merged adapter",
+    "config.json": "a model",
+}
+
+
+def refuse_others(output: Path, own: str) -> None:
+    """Raise UserError where a directory is the output of another command, whose pictures and curves would be lost.
+
+    Args: own: the file that the caller leaves there.
+    """
+    for name, what in _SIGNS.items():
+        if what != _SIGNS[own] and (output / name).exists():
+            raise UserError(
+                f"output {output} is {what}: choose a directory of its own, such as {output}/{Path(own).stem}"
+            )
+
+
 def make_writable(folder: Path, name: str) -> None:
     """Make a directory, or check that files can be written into it; `name` is what the user calls it. For rank 0."""
     try:

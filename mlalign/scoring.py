@@ -41,12 +41,13 @@ def f1(right: np.ndarray, found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(both > 0, 2 * right / np.maximum(both, 1), 1.0)
 
 
-def score(task: ModuleType, counts: Counts, ids: list, language: str, seed: int, samples: int = SAMPLES) -> Scores:
-    """Score one language. Args: ids: of the rows; one without (None, or blank) is taken independently of all others."""
+def score(
+    task: ModuleType, counts: Counts, ids: list[str | None], language: str, seed: int, samples: int = SAMPLES
+) -> Scores:
+    """Score one language. Args: ids: see `rows.row_id`; a row without one is taken independently of all others."""
     rows = len(ids)
     point = {name: float(value) for name, value in task.metrics({n: c.sum(0) for n, c in counts.items()}, rows).items()}
-    named = [row_id is not None and bool(str(row_id).strip()) for row_id in ids]
-    keys = [str(row_id) if named[number] else f"{language} {number}" for number, row_id in enumerate(ids)]
+    keys = [f"{language} {number}" if own_id is None else own_id for number, own_id in enumerate(ids)]
     taken = np.stack([_times(f"{seed} {key}", samples) for key in keys], axis=1).astype(float)
     taken[taken.sum(1) == 0] = 1  # of a few rows, none may be taken
     sums = {name: taken @ count for name, count in counts.items()}

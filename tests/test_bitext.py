@@ -208,6 +208,10 @@ BAD_BITEXT = {
         {"de.txt": "a\n", "en.txt": "a\nb\n"},
         r"en\.txt:2 has no counterpart: \S+de\.txt ends at line 1",
     ),
+    "a blank line of one file": (
+        {"en.jsonl": '{"text":"a"}\n\n{"text":"b"}', "de.jsonl": '{"text":"a"}\n{"text":"b"}'},
+        r"en\.jsonl:2 is empty: every line must be a sentence",
+    ),
     "an id twice": (
         {"en.jsonl": '{"id":1,"text":"a"}\n{"id":1,"text":"b"}', "de.jsonl": '{"id":1,"text":"a"}'},
         r"en\.jsonl:2: id '1' stands here a second time",
@@ -225,6 +229,13 @@ def test_bad_bitext_is_one_sentence(tmp_path, name):
     for file, text in files.items():
         (tmp_path / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     refused(bitext, tmp_path, sentence)
+
+
+def test_blank_ids_are_none(tmp_path):
+    for code in ("de", "en"):
+        (tmp_path / f"{code}.csv").write_text("id,text\n,a\n ,b\n")
+    items, _ = read(bitext, tmp_path)
+    assert [item.row["id"] for item in items] == [f"{tmp_path.name}-1", f"{tmp_path.name}-2"]
 
 
 def test_bad_requests_of_bitext_are_one_sentence(tmp_path):

@@ -116,7 +116,7 @@ def test_another_verbs_directory_is_no_place_for_a_comparison(settings, name):
     """Its curves would go: TensorBoard's files of an earlier comparison are replaced."""
     settings.output.mkdir()
     (settings.output / name).touch()
-    with pytest.raises(UserError, match=r"choose a directory of its own for the comparison"):
+    with pytest.raises(UserError, match=r"choose a directory of its own"):
         compare(settings)
 
 

@@ -444,7 +444,7 @@ def test_reports_that_do_not_fit_are_said(asked, tmp_path):
 def test_a_training_run_is_no_place_for_a_probe(asked, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.jsonl").touch()
-    with pytest.raises(UserError, match=r"out is a run of `mlalign train`: choose a directory in it"):
+    with pytest.raises(UserError, match=r"out is a run of `mlalign train`: choose a directory of its own"):
         probe(asked)
 
 

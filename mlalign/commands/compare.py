@@ -21,7 +21,7 @@ from mlalign.errors import UserError
 from mlalign.plots import plot_scores
 from mlalign.predictions import Predictions, read_evaluation, read_predictions, statistics
 from mlalign.report import show
-from mlalign.rundir import make_writable
+from mlalign.rundir import make_writable, refuse_others
 from mlalign.scoring import Scores, difference, language_groups, mean, score
 from mlalign.tasks import load_task
 from mlalign.tracker import console, say
@@ -46,7 +46,8 @@ def compare(settings: Settings) -> dict:
     Raises UserError where the evaluations are not of the same task and test rows.
     """
     names = _names(settings)
-    _claim(settings.output)
+    make_writable(settings.output, "output")
+    refuse_others(settings.output, "compare.json")
     evaluations = [read_evaluation(folder) for folder in settings.evaluations]
     task = load_task(evaluations[0]["task"])
     systems = _scores(settings, task, evaluations)
@@ -260,15 +261,6 @@ def _cells(result: dict, row: dict, short: bool = False) -> list[str]:
 
 def _head(result: dict) -> list[str]:
     return [*result["names"], *(f"{name} - {result['names'][0]}" for name in result["names"][1:])]
-
-
-def _claim(output: Path) -> None:
-    """Make the output directory; one that holds something else is refused."""
-    make_writable(output, "output")
-    others = {"metrics.jsonl": "a run of `mlalign train`", "evaluation.json": "an evaluation", "probe.json": "a probe"}
-    for name, what in others.items():
-        if (output / name).exists():
-            raise UserError(f"output {output} is {what}: choose a directory of its own for the comparison")
 
 
 def _markdown(result: dict) -> str:

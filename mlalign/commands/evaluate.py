@@ -9,7 +9,6 @@ predictions/      one file per language, see `predictions`  tensorboard/        
 comet/            with --comet: a score per row
 """
 
-import glob
 import hashlib
 import json
 import time
@@ -23,7 +22,7 @@ from langcodes import tag_is_valid
 
 from mlalign import distributed, jobs, report
 from mlalign.comet import comet_scores
-from mlalign.config import Model, Source
+from mlalign.config import Model
 from mlalign.data import answer_text, encode_prompt
 from mlalign.durable import write_whole
 from mlalign.errors import UserError
@@ -37,8 +36,8 @@ from mlalign.predictions import (
     statistics,
     write_predictions,
 )
-from mlalign.rows import is_local, matching, read_rows
-from mlalign.rundir import digest, files_of, held
+from mlalign.rows import is_local, matching, read_file, row_id
+from mlalign.rundir import digest, files_of, held, refuse_others
 from mlalign.scoring import sides
 from mlalign.tasks import load_task
 from mlalign.tracker import say
@@ -141,7 +140,7 @@ def _read_tests(settings: Settings, task: ModuleType, source: Model, tokenizer) 
     positions = getattr(config, "max_position_embeddings", None)
     tests: dict[str, _Tests] = {}
     for path in _files(settings.test):
-        for where, row in read_rows(Source(path=glob.escape(path))):
+        for where, row in read_file(path):
             language = _language(row, where, settings.task == "translation")
             of = tests.setdefault(language, _Tests())
             if settings.max_rows is not None and len(of.ids) == settings.max_rows:
@@ -153,7 +152,7 @@ def _read_tests(settings: Settings, task: ModuleType, source: Model, tokenizer) 
                     f"that is more than the model's {positions} positions"
                 )
             of.rows.append(row)
-            of.ids.append(row.get("id"))
+            of.ids.append(row_id(row))
             of.prompts.append(prompt)
             of.golds.append(task.gold(row, answer_text(row, where), where))
     if not tests:
@@ -225,8 +224,7 @@ def _predict(
 
 def _claim(settings: Settings, decoding: Decoding, tests: dict[str, _Tests], folder: Path) -> None:
     """Refuse an output directory with predictions of other settings, weights or test rows."""
-    if (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists():
-        raise UserError(f"output {folder} is a run of `mlalign train`: choose a directory in it, such as {folder}/test")
+    refuse_others(folder, "evaluation.json")
     how = asdict(decoding) | {
         "precision": {torch.float32: "fp32", torch.bfloat16: "bf16"}[precision_dtype(decoding.precision)],
         "task": settings.task,

@@ -31,7 +31,7 @@ from mlalign.merged_config import adapter_config
 from mlalign.merging import CONFIG, SPARSE, WEIGHTS, Adapter, Merged, Recipe
 from mlalign.model import load_model_config
 from mlalign.plots import plot_curve
-from mlalign.rundir import held
+from mlalign.rundir import held, refuse_others
 from mlalign.tracker import console, say
 
 _GRID = tuple(step / 10 for step in range(11))
@@ -173,10 +173,7 @@ def _check_size(settings: Settings, task: Adapter, alignment: Adapter, model: st
 
 def _claim(output: Path, task: Adapter, alignment: Adapter) -> None:
     """Refuse an output directory that holds something else."""
-    run = "a run of `mlalign train`"
-    for name, what in (("metrics.jsonl", run), ("checkpoints", run), ("config.json", "a model")):
-        if (output / name).exists():
-            raise UserError(f"output {output} is {what}: choose a directory of its own for the merged adapter")
+    refuse_others(output, "merge.json")
     for folder in (output, *sorted(output.glob("tuning/*/adapter"))):
         if (folder / CONFIG).exists() and _inputs(_read_result(folder)) != [task.fingerprint, alignment.fingerprint]:
             raise UserError(f"output {folder} holds an adapter that was not made of these two: choose another --output")

@@ -11,7 +11,6 @@ languages.png    accuracy of each language at each layer     transfer.png  accur
 directions.png   accuracy of each direction at the layer to align
 """
 
-import hashlib
 import json
 import math
 import shutil
@@ -42,7 +41,7 @@ from mlalign.probe_report import (
     shared_languages,
 )
 from mlalign.probe_show import draw, log, show
-from mlalign.rundir import make_writable
+from mlalign.rundir import digest, make_writable, refuse_others
 from mlalign.states import Encoder, encode, load_layer, state_files
 from mlalign.tracker import say
 from mlalign.zero import read_deepspeed
@@ -86,7 +85,8 @@ def probe(settings: Settings) -> dict:
     reports = {str(path): read_report(path, settings.metric) for path in settings.reports}
     with distributed.on_main():
         if distributed.is_main():
-            _claim(settings.output)
+            make_writable(settings.output, "output")
+            refuse_others(settings.output, "probe.json")
     encoders = _encoders(settings)
     parallel = read_parallel(settings.data, settings.languages, settings.max_sentences, settings.split)
     _check_reports(reports, parallel)
@@ -211,15 +211,6 @@ def _check_reports(reports: dict[str, tuple[str, dict[str, float]]], parallel: P
             )
 
 
-def _claim(output: Path) -> None:
-    """Make the output directory; one of a training run is refused, for a probe has pictures and curves of its own."""
-    make_writable(output, "output")
-    if (output / "metrics.jsonl").exists() or (output / "checkpoints").exists():
-        raise UserError(
-            f"output {output} is a run of `mlalign train`: choose a directory in it, such as {output}/probe"
-        )
-
-
 def _check_space(
     parallel: Parallel, encoders: dict[str, Encoder], files: dict[str, dict[str, Path]], output: Path
 ) -> None:
@@ -241,7 +232,7 @@ def _check_space(
 
 def _fingerprint(parallel: Parallel, files: dict[str, dict[str, Path]]) -> str:
     names = sorted(path.name for each in files.values() for path in each.values())
-    return hashlib.blake2b(json.dumps([names, list(files), parallel.tables]).encode(), digest_size=8).hexdigest()
+    return digest([names, list(files), parallel.tables])
 
 
 def _finished(output: Path, fingerprint: str) -> dict | None:

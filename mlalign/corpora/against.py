@@ -3,18 +3,15 @@
 What `mlalign prepare` wrote has such fields too; other rows of `messages` count with what users say in them.
 """
 
-import glob
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlalign.config import Source
 from mlalign.corpora.item import lines, open_plain, undamaged
 from mlalign.errors import UserError
-from mlalign.rows import Row, matching, read_rows
+from mlalign.rows import SUFFIXES, Row, matching, read_file
 
-_ROWS = (".jsonl", ".json", ".csv", ".parquet")
 #: Of files that hold sentences among other things: as plain text, not one of them would be found in training data.
-_NO_TEXT = (*_ROWS, ".tsv", ".iob2", ".conll", ".conllu", ".tmx", ".xml", ".sgm", ".zip", ".tar", ".tgz", ".bz2", ".xz")
+_NO_TEXT = (".tsv", ".iob2", ".conll", ".conllu", ".tmx", ".xml", ".sgm", ".zip", ".tar", ".tgz", ".bz2", ".xz")
 _FIELDS = ("text", "utt", "src", "tgt", "sentence")
 
 
@@ -33,10 +30,10 @@ def files(patterns: tuple[str, ...]) -> list[str]:
 def sentences(paths: list[str]) -> Iterator[str]:
     """Every sentence of the files. Raises UserError for a row that has none, and for what is neither rows nor text."""
     for path in paths:
-        if Path(path).suffix not in _ROWS:
+        if Path(path).suffix not in SUFFIXES:
             yield from _plain(path)
             continue
-        for where, row in read_rows(Source(path=glob.escape(path))):
+        for where, row in read_file(path):
             texts = [value.strip() for value in _values(row) if isinstance(value, str)]
             if not texts:
                 raise UserError(f"{where}: no sentence in any of {', '.join(_FIELDS)}, translation, messages")
@@ -47,10 +44,10 @@ def _plain(path: str) -> Iterator[str]:
     kind = Path(path.removesuffix(".gz")).suffix.lower()
     with undamaged(path), open_plain(Path(path)) as file:
         for where, text in lines(file, path):
-            if kind in _NO_TEXT or text.startswith('{"'):
+            if kind in SUFFIXES + _NO_TEXT or text.startswith('{"'):
                 raise UserError(
                     f"against {where} is no line of plain text: give one sentence a line, or rows in "
-                    f"{', '.join(_ROWS)}, such as `mlalign prepare` writes"
+                    f"{', '.join(SUFFIXES)}, such as `mlalign prepare` writes"
                 )
             if text:
                 yield text

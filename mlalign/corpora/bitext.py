@@ -10,7 +10,6 @@ Rows that share an id count as the same sentence in training. Ids are those of t
 configuration and split, else file and line: running numbers of two corpora are not the same.
 """
 
-import glob
 from collections import Counter
 from collections.abc import Collection, Iterator
 from itertools import zip_longest
@@ -22,27 +21,26 @@ from zipfile import ZipFile
 
 from langcodes import tag_is_valid
 
-from mlalign.config import Source
 from mlalign.corpora.item import (
     DAMAGE,
+    PLAIN,
     Item,
+    by_language,
     check_language,
+    holds_pairs,
     hub_configurations,
     hub_rows,
-    lines,
+    input_files,
     open_plain,
-    refuse_twice,
     refuse_unknown,
+    sentences,
     undamaged,
 )
-from mlalign.data import bitext_fields, row_id
+from mlalign.data import bitext_fields
 from mlalign.errors import UserError
 from mlalign.languages import language_of
-from mlalign.rows import REPORT, is_local, matching, read_rows
+from mlalign.rows import SUFFIXES, is_local, read_file, row_id
 
-_ROWS = (".jsonl", ".json", ".csv", ".parquet")
-_PLAIN = (".txt", ".dev", ".devtest", ".test")  # one sentence a line: FLORES-200 and NTREX as they are published
-_TEXT_FIELDS = ("text", "sentence", "utt")
 _CODE = ("bpt", "ept", "it", "ph", "ut")
 _LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 
@@ -100,7 +98,7 @@ class _Wanted:
 def _read_files(source: str, wanted: _Wanted, pivot: str | None, notes: Counter[str]) -> Iterator[Item]:
     moses: dict[tuple[Path, str], _Pair] = {}  # (folder, name without language) -> languages
     tmx, archives, rows, texts, others = [], [], [], [], []
-    paths = _paths(source)
+    paths = input_files(source, "train.*.jsonl")
     root = commonpath(path.parent for path in paths)
 
     def prefix(path: Path) -> str:
@@ -115,9 +113,9 @@ def _read_files(source: str, wanted: _Wanted, pivot: str | None, notes: Counter[
             tmx.append(path)
         elif path.suffix == ".zip":
             archives.append(path)
-        elif path.suffix in _ROWS:
-            (rows if _holds_pairs(path) else texts).append(path)
-        elif path.suffix in _PLAIN:
+        elif path.suffix in SUFFIXES:
+            (rows if holds_pairs(path) else texts).append(path)
+        elif path.suffix in PLAIN:
             texts.append(path)
         else:
             others.append(path)
@@ -148,18 +146,6 @@ def _read_files(source: str, wanted: _Wanted, pivot: str | None, notes: Counter[
         yield from _read_rows(path, prefix(path.with_suffix("")), wanted)
     if texts:
         yield from _read_by_language(texts, source, wanted, pivot, notes)
-
-
-def _paths(source: str) -> list[Path]:
-    folder = Path(source)
-    if (folder / REPORT).exists():
-        raise UserError(f"{source} is what `mlalign prepare` wrote: name files of it, such as {source}/train.*.jsonl")
-    if folder.is_dir():
-        return sorted(path for path in folder.iterdir() if path.is_file())
-    paths = [Path(path) for path in matching(source) if Path(path).is_file()]
-    if not paths:
-        raise UserError(f"{source} {'matches no file' if glob.has_magic(source) else 'does not exist'}")
-    return paths
 
 
 def _moses_name(name: str) -> tuple[str, _Pair | None]:
@@ -225,9 +211,9 @@ def _line_pairs(files: tuple[IO[bytes], IO[bytes]], names: _Pair, pair: _Pair, p
         raise UserError(f"{names[0]} or {names[1]} is cut or damaged after line {number}: {error}") from error
 
 
-def _item(split: str, pair: _Pair, src: str, tgt: str, id_: str, where: str) -> Item:
+def _item(split: str, pair: _Pair, src: str, tgt: str, own_id: str, where: str) -> Item:
     src, tgt = src.strip(), tgt.strip()
-    row = {"id": id_, "src_lang": pair[0], "tgt_lang": pair[1], "src": src, "tgt": tgt}
+    row = {"id": own_id, "src_lang": pair[0], "tgt_lang": pair[1], "src": src, "tgt": tgt}
     return Item(split, pair, row, (src, tgt), where)
 
 
@@ -302,13 +288,8 @@ def _pivot(codes: list[str], pivot: str | None, where: str) -> str:
     return pivot
 
 
-def _holds_pairs(path: Path) -> bool:
-    first = next(read_rows(Source(path=glob.escape(str(path)))), None)
-    return first is not None and not {"src", "translation"}.isdisjoint(first[1])
-
-
 def _read_rows(path: Path, prefix: str, wanted: _Wanted) -> Iterator[Item]:
-    for number, (where, row) in enumerate(read_rows(Source(path=glob.escape(str(path)))), 1):
+    for number, (where, row) in enumerate(read_file(path), 1):
         src, tgt, pair = bitext_fields(row, where)
         if wanted(pair, where):
             yield _item("train", pair, src, tgt, row_id(row) or f"{prefix}-{number}", where)
@@ -335,9 +316,9 @@ def _read_hub(source: str, splits: Collection[str], wanted: _Wanted) -> Iterator
 def _read_by_language(
     paths: list[Path], source: str, wanted: _Wanted, pivot: str | None, notes: Counter[str]
 ) -> Iterator[Item]:
-    codes = [check_language(path.stem.rpartition(".")[2], str(path)) for path in paths]  # newstest2019-ref.deu.txt
-    refuse_twice((f"language {code}", path) for code, path in zip(codes, paths))
-    files = dict(zip(codes, paths))
+    files = by_language(paths)
+    for code, path in files.items():
+        check_language(code, str(path))
     if len(files) < 2:
         raise UserError(f"{source} holds one language, {', '.join(files)}: bitext needs two")
     pivot = _pivot(list(files), pivot, source)
@@ -346,7 +327,7 @@ def _read_by_language(
         wanted((code, pivot), files[code])
     wanted.check(source)
     prefix = Path(source).name if Path(source).is_dir() else Path(source).parent.name
-    by_id = next((id_ is not None for _, id_, _ in _sentences(files[pivot])), False)
+    by_id = next((one.id is not None for one in sentences(files[pivot])), False)
     held = _held(files[pivot]) if by_id else {}
     for code in others:
         pair = (code, pivot)
@@ -356,12 +337,12 @@ def _read_by_language(
             yield from _by_line(files[code], files[pivot], pair, prefix)
             continue
         found = 0
-        for where, id_, text in _sentences(files[code]):
-            if id_ is None:
+        for where, own_id, text in sentences(files[code]):
+            if own_id is None:
                 raise UserError(f"{where} has no id, but {files[pivot]} has ids: give them to all or to none")
-            if id_ in held:
+            if own_id in held:
                 found += 1
-                yield _item("train", pair, text, held[id_], id_, where)
+                yield _item("train", pair, text, held[own_id], own_id, where)
             else:
                 notes[f"sentences that {pivot} does not have"] += 1
         if found < len(held):
@@ -371,31 +352,18 @@ def _read_by_language(
 def _held(path: Path) -> dict[str, str]:
     """Id -> sentence."""
     held: dict[str, str] = {}
-    for where, id_, text in _sentences(path):
-        if id_ is None or id_ in held:
-            raise UserError(f"{where}: {'no id' if id_ is None else f'id {id_!r} stands here a second time'}")
-        held[id_] = text
+    for where, own_id, text in sentences(path):
+        if own_id is None or own_id in held:
+            raise UserError(f"{where}: {'no id' if own_id is None else f'id {own_id!r} stands here a second time'}")
+        held[own_id] = text
     return held
 
 
 def _by_line(path: Path, pivot: Path, pair: _Pair, prefix: str) -> Iterator[Item]:
-    for number, (one, other) in enumerate(zip_longest(_sentences(path), _sentences(pivot)), 1):
+    for number, (one, other) in enumerate(zip_longest(sentences(path), sentences(pivot)), 1):
         if one is None or other is None:
             short, long = (path, pivot) if one is None else (pivot, path)
             raise UserError(f"{long}:{number} has no counterpart: {short} ends at line {number - 1}")
-        if one[1] is not None:
-            raise UserError(f"{one[0]} has an id, but {pivot} has none: give them to all or to none")
-        yield _item("train", pair, one[2], other[2], f"{prefix}-{number}", one[0])
-
-
-def _sentences(path: Path) -> Iterator[tuple[str, str | None, str]]:
-    """(where, id, text) of every sentence of a file, empty ones too, for line n must stay line n."""
-    if path.suffix in _PLAIN:
-        with open_plain(path) as file:
-            yield from ((where, None, text) for where, text in lines(file, path))
-        return
-    for where, row in read_rows(Source(path=glob.escape(str(path)))):
-        name = next((name for name in _TEXT_FIELDS if name in row), _TEXT_FIELDS[0])
-        if not isinstance(row.get(name), str):
-            raise UserError(f"{where}: no text in field {name!r} (found {', '.join(map(repr, row)) or 'nothing'})")
-        yield where, None if row.get("id") is None else str(row["id"]), row[name]
+        if one.id is not None:
+            raise UserError(f"{one.where} has an id, but {pivot} has none: give them to all or to none")
+        yield _item("train", pair, one.text, other.text, f"{prefix}-{number}", one.where)

@@ -1,5 +1,6 @@
 """What readers share: the item, files that are streams, datasets on the hub, and checks that all of them make."""
 
+import glob
 import gzip
 import zlib
 from collections.abc import Collection, Iterable, Iterator
@@ -13,7 +14,7 @@ from langcodes import tag_is_valid
 
 from mlalign.config import Source
 from mlalign.errors import UserError
-from mlalign.rows import Row, checked_row, parse_json, read_rows
+from mlalign.rows import REPORT, Row, checked_row, matching, parse_json, read_file, read_rows, row_id
 
 #: What splits are called where data is published -> what they are called here.
 SPLITS = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "test": "test"}
@@ -62,6 +63,23 @@ def refuse_twice(files: Iterable[tuple[str, object]]) -> None:
             raise UserError(f"{first[what]} and {path} are both {what}: keep one of them")
 
 
+def input_files(source: str, example: str) -> list[Path]:
+    """The files of a directory, or those that a name or glob stands for.
+
+    Args: example: of files to name in a directory that `mlalign prepare` wrote, which holds several kinds.
+    Raises UserError where there are none.
+    """
+    folder = Path(source)
+    if (folder / REPORT).exists():
+        raise UserError(f"{source} is what `mlalign prepare` wrote: name files of it, such as {source}/{example}")
+    if folder.is_dir():
+        return sorted(path for path in folder.iterdir() if path.is_file())
+    paths = [Path(path) for path in matching(source) if Path(path).is_file()]
+    if not paths:
+        raise UserError(f"{source} {'matches no file' if glob.has_magic(source) else 'does not exist'}")
+    return paths
+
+
 #: What compressed files raise when they are cut or damaged.
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, BadZipFile, TarError)
 
@@ -101,6 +119,59 @@ def json_lines(file: IO[bytes], name: object) -> Iterator[tuple[str, Row]]:
             yield checked_row(parse_json(line, where), where)
 
 
+# ------------------------------------------------------------------------------------------------ one file a language
+
+PLAIN = (".txt", ".dev", ".devtest", ".test")  #: of files with one sentence a line: FLORES-200 and NTREX as published
+_TEXT_FIELDS = ("text", "sentence", "utt")  # FLORES+ and the data of most others; FLORES-200 on the hub; MASSIVE
+
+
+class Sentence(NamedTuple):
+    """One of a file per language."""
+
+    where: str  #: "file:line", for messages
+    id: str | None
+    text: str
+
+
+def by_language(paths: Iterable[Path]) -> dict[str, Path]:
+    """Language -> its file, by names such as eng_Latn.jsonl, eng_Latn.devtest, newstest2019-ref.deu.txt.
+
+    Raises UserError where a language has two.
+    """
+    named = [(path.stem.rpartition(".")[2], path) for path in paths]
+    refuse_twice((f"language {code}", path) for code, path in named)
+    return dict(named)
+
+
+def sentences(path: Path) -> Iterator[Sentence]:
+    """Every sentence of a file, empty ones too, for line n is the same sentence in all languages.
+
+    Raises UserError for a blank line among JSON Lines, which would not count.
+    """
+    if path.suffix in PLAIN:
+        with open_plain(path) as file:
+            yield from (Sentence(where, None, text) for where, text in lines(file, path))
+        return
+    for number, (where, row) in enumerate(read_file(path), 1):
+        if path.suffix == ".jsonl" and where != f"{path}:{number}":
+            raise UserError(f"{path}:{number} is empty: every line must be a sentence")
+        yield sentence(row, where)
+
+
+def sentence(row: Row, where: str) -> Sentence:
+    """Raises UserError for a row without text."""
+    name = next((name for name in _TEXT_FIELDS if name in row), _TEXT_FIELDS[0])
+    if not isinstance(row.get(name), str):
+        raise UserError(f"{where}: no text in field {name!r} (found {', '.join(map(repr, row)) or 'nothing'})")
+    return Sentence(where, row_id(row), row[name].strip())
+
+
+def holds_pairs(path: Path) -> bool:
+    """Whether the first row of a file is bitext."""
+    first = next(read_file(path), None)
+    return first is not None and not {"src", "translation"}.isdisjoint(first[1])
+
+
 # ------------------------------------------------------------------------------------------------------------- the hub
 
 
@@ -114,14 +185,19 @@ def hub_configurations(name: str) -> list[str]:
         raise UserError(_unreadable(name, error)) from error
 
 
-def hub_rows(name: str, configuration: str, splits: Collection[str]) -> Iterator[tuple[str, str, Row]]:
-    """(split, where, row) of one configuration, streamed. Args: splits: of ours, those that are wanted."""
+def hub_splits(name: str, configuration: str) -> list[str]:
+    """Splits of a configuration, by their own names. Raises UserError where it cannot be had."""
     import datasets
 
     try:
-        theirs = datasets.get_dataset_split_names(name, configuration)
+        return datasets.get_dataset_split_names(name, configuration)
     except Exception as error:
         raise UserError(_unreadable(f"{name} {configuration}", error)) from error
+
+
+def hub_rows(name: str, configuration: str, splits: Collection[str]) -> Iterator[tuple[str, str, Row]]:
+    """(split, where, row) of one configuration, streamed. Args: splits: of ours, those that are wanted."""
+    theirs = hub_splits(name, configuration)
     unknown = [split for split in theirs if split not in SPLITS]
     if unknown:
         raise UserError(f"{name} {configuration} has a split {unknown[0]}, expected {', '.join(SPLITS)}")

@@ -5,14 +5,12 @@ the published `amazon-massive-dataset-1.1.tar.gz`; or from the hub, one configur
 `utt` and `annot_utt`, the utterance with its slots marked, and perhaps `slots`, where values stand as in `utt`.
 """
 
-import glob
 import re
 import tarfile
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
-from mlalign.config import Source
 from mlalign.corpora.item import (
     Item,
     check_language,
@@ -24,7 +22,7 @@ from mlalign.corpora.item import (
     undamaged,
 )
 from mlalign.errors import UserError
-from mlalign.rows import Row, is_local, read_rows
+from mlalign.rows import Row, is_local, read_file
 from mlalign.tasks.slot_filling import row as task_row
 from mlalign.tasks.slot_filling import words_and_labels
 
@@ -131,7 +129,7 @@ def _read_directory(source: str, splits: Collection[str], languages: Collection[
         locale, split = match.groups()
         if (languages is None or _language(locale) in languages) and (split is None or split in splits):
             check_language(locale, str(path))
-            for where, row in read_rows(Source(path=glob.escape(str(path)))):
+            for where, row in read_file(path):
                 if split is not None and row.get("partition", split) != split:
                     raise UserError(f"{where}: partition is {row['partition']!r}, but the file is named {split}")
                 yield locale, split, where, row

@@ -9,14 +9,12 @@ Train and dev pairs serve both directions, unless there is a file for each. A te
 that of its name: what was written in one language first is another test than what was translated into it.
 """
 
-import glob
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlalign.config import Source
 from mlalign.corpora.item import (
     SPLITS,
     Item,
@@ -29,7 +27,7 @@ from mlalign.corpora.item import (
 from mlalign.data import bitext_fields
 from mlalign.errors import UserError
 from mlalign.languages import language_of
-from mlalign.rows import Row, is_local, read_rows
+from mlalign.rows import Row, is_local, read_file, row_id
 from mlalign.tasks.translation import row as task_row
 
 DIRECTIONS = ("both", "from-english", "to-english")
@@ -77,7 +75,7 @@ def read(
         if on_hub:
             rows = hub_rows(source, table.place, splits)
         elif table.split in splits:
-            plain = read_rows(Source(path=glob.escape(table.place)))
+            plain = read_file(table.place)
             rows = ((table.split, where, row) for where, row in plain)
         else:
             continue
@@ -96,12 +94,12 @@ def _items(
         if set(sides) != set(table.pair):
             raise UserError(f"{where}: the languages are {' and '.join(sides)}, but the name says {name}")
         texts = {sides[0]: src.strip(), sides[1]: tgt.strip()}
-        id_ = f"{name}-{split}-{counts[split] + 1}" if row.get("id") is None else str(row["id"])
         counts[split] += 1
+        own_id = row_id(row) or f"{name}-{split}-{counts[split]}"
         for direction in _directions(split, table.pair, reverse, directions, where):
             src_lang, tgt_lang = direction
             written = {
-                "id": id_,
+                "id": own_id,
                 "lang": f"{src_lang}-{tgt_lang}",
                 **task_row(texts[src_lang], texts[tgt_lang], src_lang, tgt_lang, form),
                 "src": texts[src_lang],

@@ -7,14 +7,12 @@ per treebank, `<lang>_<treebank>`, with rows of the same or of `text`, `tokens` 
 An entity is written as it stands in the text. The tags OTH and O with a prefix, aids of the annotators, are read as O.
 """
 
-import glob
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from mlalign.config import Source
 from mlalign.corpora.item import (
     Item,
     check_language,
@@ -27,7 +25,7 @@ from mlalign.corpora.item import (
     text_field,
 )
 from mlalign.errors import UserError
-from mlalign.rows import Row, is_local, read_rows
+from mlalign.rows import Row, is_local, read_file, row_id
 from mlalign.tasks.json_extraction import row as task_row
 
 _TAGS = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")  # in the order of the hub's numbers
@@ -70,7 +68,7 @@ def read(
         if path.suffix == ".iob2":
             sentences = _sentences(path, f"uner-{treebank}-{split}", notes)
         else:
-            sentences = _rows(read_rows(Source(path=glob.escape(str(path)))), f"uner-{treebank}-{split}", notes)
+            sentences = _rows(read_file(path), f"uner-{treebank}-{split}", notes)
         yield from _items(sentences, split, language, form)
 
 
@@ -106,13 +104,13 @@ def _read_hub(
 def _rows(rows: Iterator[tuple[str, Row]], prefix: str, notes: Counter[str]) -> Iterator[_Sentence]:
     """Rows with `entities`, or with `tokens` and `ner_tags`. Args: prefix: of ids, where rows have none."""
     for number, (where, row) in enumerate(rows, 1):
-        id_ = str(row["id"]) if row.get("id") is not None else f"{prefix}-{row.get('idx', number)}"
+        own_id = row_id(row) or f"{prefix}-{row.get('idx', number)}"
         text = text_field(row, "text", where, "a sentence with entities, or with tokens and ner_tags")
         if "entities" in row:
-            yield id_, where, text, _given(row["entities"], text, where)
+            yield own_id, where, text, _given(row["entities"], text, where)
         elif isinstance(row.get("tokens"), list) and isinstance(row.get("ner_tags"), list):
             tags = [_tag(tag, where, notes) for tag in row["ner_tags"]]
-            yield id_, where, *_located(text, row["tokens"], tags, where, notes)
+            yield own_id, where, *_located(text, row["tokens"], tags, where, notes)
         else:
             raise UserError(f"{where}: no `entities`, and no lists `tokens` and `ner_tags`")
 
