@@ -48,14 +48,14 @@ def write_pairs(folder: Path, count: int) -> int:
 
 def by_set(folder: Path, output: Path) -> None:
     """The usual script: normal forms of all pairs in a set."""
-    kept = {
+    removed = {
         code: None
         for code in range(sys.maxunicode + 1)
         if unicodedata.category(chr(code))[0] in "PZ" or unicodedata.category(chr(code)) in ("Cc", "Cf")
     }
 
     def normal(text: str) -> str:
-        return unicodedata.normalize("NFKC", text).casefold().translate(kept)
+        return unicodedata.normalize("NFKC", text).casefold().translate(removed)
 
     seen = set()
     output.mkdir()

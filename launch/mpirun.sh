@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# mlalign on all hosts of an MPI allocation: launch/mpirun.sh CONFIG [a.b=c ...] trains, launch/mpirun.sh doctor, probe, evaluate, merge and plan likewise.
-# One process per GPU of this host on every host; NPROC=2 chooses the number per host. Repeat the command to resume.
+# mlalign on all hosts of an MPI allocation: launch/mpirun.sh CONFIG [a.b=c ...] trains; launch/mpirun.sh VERB ... runs
+# doctor, probe, evaluate, merge or plan. On every host, one process per GPU of this host; NPROC=2 chooses the number
+# per host. Repeat the command to resume.
 # MPIRUN_FLAGS adds your own, such as "--hostfile hosts" or "--mca btl_tcp_if_include ib0".
 set -euo pipefail
 case ${1:-} in train | doctor | evaluate | probe | merge | plan) verb=$1 && shift ;; *) verb=train ;; esac

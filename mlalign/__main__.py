@@ -55,10 +55,12 @@ def inspect(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def doctor(
-    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A recipe: is there what it needs?")] = None,
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="A recipe; also checks that everything it needs is there.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Say whether training can start here, and what to do if not; under a launcher, on all ranks together."""
+    """Check whether training can start here, and say what to do if not; under a launcher, on all ranks together."""
     from mlalign.config import load
 
     settings = load(config, overrides or []) if config else None
@@ -75,20 +77,20 @@ def evaluate(
     test: Annotated[
         list[str] | None, typer.Option(help="Files or globs of task rows with `lang`; may be repeated.")
     ] = None,
-    adapter: Annotated[
-        list[str] | None, typer.Option(help="A peft adapter or a RUN_DIR; several are evaluated one by one.")
-    ] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="A peft adapter or a RUN_DIR; may be repeated.")] = None,
     backend: Annotated[Literal["hf", "vllm"], typer.Option(help="What generates; vllm must be installed.")] = "hf",
     precision: Annotated[Precision, typer.Option(help="auto = bf16 on CUDA, else fp32.")] = "auto",
     beams: Annotated[int, typer.Option(min=1, help="1 = greedy.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of one batch on one rank.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer; the rest is cut off.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch on one rank.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens; the rest is cut off.")] = 128,
     trust_remote_code: TrustRemoteCode = False,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Rows per language; all by default.")] = None,
-    comet: Annotated[str | None, typer.Option(help="Such as Unbabel/wmt22-comet-da; needs comet-score.")] = None,
+    comet: Annotated[
+        str | None, typer.Option(help="COMET model, such as Unbabel/wmt22-comet-da; needs the comet-score command.")
+    ] = None,
     supervised: Annotated[str | None, typer.Option(help="Languages with labels; default: as trained.")] = None,
     aligned: Annotated[str | None, typer.Option(help="Languages of the bitext; default: as trained.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     score_only: Annotated[bool, typer.Option(help="Score the predictions in OUTPUT; no model is needed.")] = False,
 ) -> None:
     """Generate answers for test files, and score them per language and group of languages."""
@@ -120,11 +122,11 @@ def evaluate(
 def compare(
     evaluations: Annotated[list[Path], typer.Argument(help="What `mlalign evaluate` wrote, the baseline first.")],
     output: Annotated[Path, typer.Option(help="Directory for compare.md, compare.json and compare.png.")],
-    names: Annotated[str | None, typer.Option(help="Such as task_only,aligned; default: from the paths.")] = None,
-    metric: Annotated[str | None, typer.Option(help="The task's leading one by default.")] = None,
+    names: Annotated[str | None, typer.Option(help="Such as task_only,aligned; by default from the paths.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric to compare; the task's main one by default.")] = None,
     supervised: Annotated[str | None, typer.Option(help="Languages with labels; default: as trained.")] = None,
     aligned: Annotated[str | None, typer.Option(help="Languages of the bitext; default: as trained.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
 ) -> None:
     """Put evaluations side by side: differences per language and group, by paired bootstrap."""
     from mlalign.commands.compare import Settings, compare
@@ -154,22 +156,22 @@ def probe(
         str | None, typer.Option(help="An adapter of MODEL, another model, or a RUN_DIR: before and after.")
     ] = None,
     languages: Annotated[str | None, typer.Option(help="Codes, such as eng_Latn,deu_Latn; all by default.")] = None,
-    max_sentences: Annotated[int | None, typer.Option(min=5, help="The first so many; all by default.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Such as 0-8,16; all by default; 0 = embeddings.")] = None,
+    max_sentences: Annotated[int | None, typer.Option(min=5, help="Use the first N only; all by default.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to measure, such as 0-8,16; all by default; 0 = embeddings.")
+    ] = None,
     pooling: Annotated[str, typer.Option(help="mean, last, or mean,last for both in the same pass.")] = "mean",
     pool_bos: Annotated[bool, typer.Option(help="Whether the mean counts BOS, as in the paper's code.")] = True,
     precision: Annotated[Precision, typer.Option(help="auto = bf16 on CUDA, else fp32.")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sentences of one forward pass on one rank.")] = 32,
-    split: Annotated[str | None, typer.Option(help="Of a hub dataset.")] = None,
-    deepspeed: Annotated[
-        str | None, typer.Option(help="ds_configs/zero3.json shards the model over the ranks.")
-    ] = None,
-    keep_states: Annotated[bool, typer.Option(help="Keep OUTPUT/states when all is done.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sentences per forward pass on one rank.")] = 32,
+    split: Annotated[str | None, typer.Option(help="Split of a hub dataset.")] = None,
+    deepspeed: Annotated[str | None, typer.Option(help="ds_configs/zero3.json shards the model over ranks.")] = None,
+    keep_states: Annotated[bool, typer.Option(help="Keep OUTPUT/states at the end.")] = False,
     report: Annotated[
         list[Path] | None, typer.Option(help="What `mlalign evaluate` wrote, to correlate with; may be repeated.")
     ] = None,
-    metric: Annotated[str | None, typer.Option(help="Of the reports; the first one by default.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric to correlate with; the reports' first by default.")] = None,
 ) -> None:
     """Measure how well translations find each other at every layer, and name the layer to align."""
     from mlalign.commands.probe import Settings, probe
@@ -200,33 +202,29 @@ def probe(
 @app.command()
 def merge(
     task_adapter: Annotated[str, typer.Argument(help="An adapter's directory, or a RUN_DIR.")],
-    alignment_adapter: Annotated[str, typer.Argument(help="Another one of the same base model.")],
+    alignment_adapter: Annotated[str, typer.Argument(help="Another one, of the same base model.")],
     output: Annotated[Path, typer.Option(help="Directory for the merged adapter.")],
-    weight: Annotated[
-        str, typer.Option(help="Share of the alignment adapter, 0 to 1; or auto: tuned on --dev.")
-    ] = "0.5",
+    weight: Annotated[str, typer.Option(help="The alignment adapter's share, 0 to 1; auto: tuned on --dev.")] = "0.5",
     method: Annotated[
         Literal["linear", "ties", "dare_linear", "dare_ties"],
-        typer.Option(help="linear is exact, unless cut by --rank."),
+        typer.Option(help="linear is exact unless cut by --rank."),
     ] = "linear",
-    layers: Annotated[
-        int | None, typer.Option(help="The layer of alignment: above it the task adapter stays whole.")
-    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Layer aligned; above it the task adapter stays whole.")] = None,
     rank: Annotated[int | None, typer.Option(help="Cut to this rank by SVD; the sum of both by default.")] = None,
-    density: Annotated[float | None, typer.Option(help="Of ties and dare: share of entries kept; 0.5.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of dare; 0.")] = None,
-    model: Annotated[str | None, typer.Option(help="The base model; by default what the adapters name.")] = None,
+    density: Annotated[float | None, typer.Option(help="ties, dare: share of entries kept; 0.5 by default.")] = None,
+    seed: Annotated[int | None, typer.Option(help="dare: random seed; 0 by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base model; by default the one the adapters name.")] = None,
     dev: Annotated[
         list[str] | None, typer.Option(help="auto: files or globs of task rows with `lang`; may be repeated.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="auto: as in evaluate, how answers are scored.")] = None,
-    grid: Annotated[str | None, typer.Option(help="auto: weights to try; 0,0.1,...,1.")] = None,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="auto: dev rows per language; all.")] = None,
+    task: Annotated[str | None, typer.Option(help="auto: how answers are scored, as in evaluate.")] = None,
+    grid: Annotated[str | None, typer.Option(help="auto: weights to try; 0,0.1,...,1 by default.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="auto: dev rows per language; all by default.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="auto: as in evaluate.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="auto: as in evaluate.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Merge a task adapter and an alignment adapter, trained apart, into one."""
+    """Merge a task adapter and an alignment adapter, trained separately, into one."""
     from mlalign.commands.merge import Settings, merge
 
     settings = Settings(
@@ -254,26 +252,27 @@ def merge(
 @app.command()
 def prepare(
     dataset: Annotated[str, typer.Argument(help="massive, translation, uner or bitext.")],
-    source: Annotated[str, typer.Argument(metavar="INPUT", help="What is published: files, an archive, or a hub id.")],
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="The published data: files, an archive, or a hub id.")],
     output: Annotated[Path, typer.Argument(help="Directory for <split>.<language>.jsonl and prepare.json.")],
     form: Annotated[
-        Literal["chat", "plain"] | None, typer.Option("--format", help="Of task rows: chat by default.")
+        Literal["chat", "plain"] | None, typer.Option("--format", help="Format of task rows; chat by default.")
     ] = None,
     languages: Annotated[str | None, typer.Option(help="Codes as in the data, such as en,de; all by default.")] = None,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="Of train, per language or language pair.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Most training rows per language or pair.")] = None,
     balance: Annotated[
-        bool, typer.Option("--balance", help="As much train of each language as there is of the rarest.")
+        bool, typer.Option("--balance", help="Cut each language's training rows to as many as the rarest has.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of samples and of --dev.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and of --dev.")] = 0,
     against: Annotated[
-        list[str] | None, typer.Option(help="Files of sentences to keep out of train: a glob; may be repeated.")
+        list[str] | None, typer.Option(help="Files or globs of sentences to keep out of train; may be repeated.")
     ] = None,
     dev: Annotated[int | None, typer.Option(min=1, help="Pairs of bitext to hold out, per language pair.")] = None,
     pivot: Annotated[
-        str | None, typer.Option(help="Bitext of a file per language: the one that others are paired with; English.")
+        str | None, typer.Option(help="One file per language: the one others are paired with; English by default.")
     ] = None,
     directions: Annotated[
-        Literal["both", "from-english", "to-english"] | None, typer.Option(help="Of translation's train and dev: both.")
+        Literal["both", "from-english", "to-english"] | None,
+        typer.Option(help="translation: directions of train and dev rows; both by default."),
     ] = None,
 ) -> None:
     """Turn a public dataset into rows for training and evaluation, without duplicates and leaks."""
@@ -301,20 +300,21 @@ def prepare(
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="GPUs of the run; by default what a launcher started.")
-    ] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="GPUs of the run; by default the launcher's ranks.")] = None,
     device: Annotated[
         Literal["cuda", "cpu"] | None,
-        typer.Option(help="cuda, unless DS_ACCELERATOR=cpu, and no GPU is needed here; what is here with --measure."),
+        typer.Option(
+            help="Device to plan for: cuda by default (no GPU needed here), cpu with DS_ACCELERATOR=cpu; "
+            "with --measure, what this machine has."
+        ),
     ] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="For the #SBATCH lines.")] = 4,
-    memory_per_gpu: Annotated[float | None, typer.Option(min=0.001, help="GiB; asks for advice on ZeRO.")] = None,
+    memory_per_gpu: Annotated[float | None, typer.Option(min=0.001, help="GiB; adds advice on ZeRO.")] = None,
     tokens_per_second: Annotated[
         float | None, typer.Option(min=0.001, help="Over all ranks, such as train/tokens_per_second of a run.")
     ] = None,
     measure: Annotated[int | None, typer.Option(min=1, help="Real steps to run here, for tokens per second.")] = None,
-    json: Annotated[Path | None, typer.Option(help="A file for the same numbers.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the numbers to this file.")] = None,
 ) -> None:
     """Say what a run will take before it is queued: memory, steps, disk, time, #SBATCH lines."""
     from mlalign.config import load
@@ -352,10 +352,9 @@ def _codes(text: str | None) -> list[str] | None:
 
 
 def main() -> None:
-    """Run a verb. A user's mistake is one sentence on stderr and exit code 2; 75 (EX_TEMPFAIL): the same command again.
-
-    The latter after a signal where this process is on its own, so that what comes after `mlalign train ... &&` does not
-    begin with half a run.
+    """Exit codes: 2, with one sentence on stderr, for a mistake the user can fix; 75 (EX_TEMPFAIL) where the same
+    command will continue: the ranks did not meet, or a signal stopped a process that is on its own, so that what
+    follows `mlalign train ... &&` does not begin with half a run.
     """
     if not any(map(os.path.exists, _GPU_DRIVERS)):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns of having to find that out
@@ -378,7 +377,7 @@ def main() -> None:
             _leave(code)
         jobs.say_stopped()
         where = f" {stopped}" if str(stopped) else ""
-        _leave(code, f"stopped by a signal{where}: what is finished is kept, and the same command goes on")
+        _leave(code, f"stopped by a signal{where}: what is finished is kept, and the same command resumes")
     except NotMetError as error:
         _leave(75, f"error: {error}")
     except UserError as error:
@@ -400,7 +399,7 @@ def main() -> None:
 
 
 def _stop_before_it_begins(number: int, frame: object) -> None:
-    """A job that is preempted while it imports, tokenises or loads has not crashed: it is to be started again."""
+    """A job preempted while it imports, tokenises or loads has not crashed: it is to be started again."""
     if rank_of() == 0:
         jobs.say_stopped()
     _leave(75, "stopped by a signal before it had begun")  # not 0: the launcher is to end ranks that wait for this one

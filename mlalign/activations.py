@@ -1,10 +1,10 @@
 """What forward and backward passes take, found out by running them on shapes: no weights, no rows, no GPU.
 
     paper = on_paper(config, layer, dtype, cuda)       the model, its adapters and its truncated view, without bytes
-    task_pass(paper, ...), alignment_pass(paper, ...)  forward and backward, and what is alive at their largest moment
+    task_pass(paper, ...), alignment_pass(paper, ...)  forward and backward, and what is alive at their peak
 
-A formula such as that of Korthikanti et al. 2022 (section 4) knows one architecture and one attention. Here the code
-of transformers runs on torch's fake tensors, and every tensor that it makes is added up while it lives: right for any
+A formula such as that of Korthikanti et al. 2022 (section 4) covers one architecture and one attention. Here the code
+of transformers runs on torch's fake tensors, and every tensor that it makes is counted while it lives: right for any
 model, adapter, attention and checkpointing, in seconds for 8B parameters. Used by `mlalign plan`.
 """
 
@@ -57,8 +57,8 @@ class PaperModel:
 def on_paper(config: Config, layer: int, dtype: torch.dtype, cuda: bool = False) -> PaperModel:
     """The model that `train` would build, with adapters and truncated view. Raises UserError as `train` does.
 
-    Flash attention is stood in for by sdpa: both keep queries, keys, values and the output for backward, and no matrix
-    of tokens x tokens; and it need not be installed here. Args: cuda: whether it is to run on GPUs.
+    sdpa stands in for flash attention, which need not be installed here: both keep queries, keys, values and the output
+    for backward, and no matrix of tokens x tokens. Args: cuda: whether it is to run on GPUs.
     """
     settings = model.load_model_config(config.model)
     attention = None if config.model.attention.startswith(("auto", "flash")) else config.model.attention
@@ -81,7 +81,7 @@ def on_paper(config: Config, layer: int, dtype: torch.dtype, cuda: bool = False)
     with torch.device("meta"):
         whole = model.add_lora(lm, config.lora) if config.lora else lm
     aligned = model.AlignedModel(whole, layer, config.alignment.pooling if config.alignment else "mean").train()
-    aligned.fused = fuse_head(whole)  # whether the model's logits are plain is not known here, and taken for granted
+    aligned.fused = fuse_head(whole)  # whether the model's logits are plain is not known here, and assumed
     fake = FakeTensorMode()
     with fake:
         _fake_parameters(aligned)
@@ -91,7 +91,7 @@ def on_paper(config: Config, layer: int, dtype: torch.dtype, cuda: bool = False)
 def _mask_on_paper(
     kv_length: int, allow_is_causal_skip: bool = True, local_size: int | None = None, **given: Any
 ) -> torch.Tensor | None:
-    """sdpa's mask where padding needs none: transformers would look into a mask for padding, and fakes hold nothing."""
+    """sdpa's mask if padding needs none: transformers would look into a mask for padding, and fakes hold nothing."""
     if allow_is_causal_skip and (local_size is None or kv_length < local_size):
         return None
     given |= {"kv_length": kv_length, "local_size": local_size, "attention_mask": None}
@@ -99,7 +99,7 @@ def _mask_on_paper(
 
 
 def _fake_parameters(module: nn.Module) -> None:
-    """Put fake CPU tensors in the place of meta tensors, on which sdpa would fall back to its mathematical form."""
+    """Replace meta tensors, on which sdpa would fall back to its mathematical form, by fake CPU tensors."""
     made: dict[int, torch.Tensor] = {}
     for each in module.modules():
         for tensors in (each._parameters, each._buffers):
@@ -119,7 +119,7 @@ class _Live(TorchDispatchMode):
         super().__init__()
         self._given = given  # kept, so that no other storage gets one of their addresses
         self._known = {tensor.untyped_storage()._cdata for tensor in given}
-        self._matrices = {tensor.numel() for tensor in given}  # a gradient of the LM head is no logits
+        self._matrices = {tensor.numel() for tensor in given}  # a gradient of the LM head is not logits
         self._vocabulary = vocabulary
         self.now = self.logits = self.gradients = 0  #: alive; of them logits; gradients made so far
         self.peak = self.logits_at_peak = self.peak_with_gradients = 0
@@ -178,7 +178,7 @@ def _run(paper: PaperModel, forward: Callable[[], torch.Tensor], zero3: bool) ->
 
 @contextmanager
 def _linear_of_zero3(zero3: bool) -> Iterator[None]:
-    """Under ZeRO-3 DeepSpeed replaces `linear` by one that keeps its input even where the weight is frozen."""
+    """Under ZeRO-3 DeepSpeed replaces `linear` by one that keeps its input even if the weight is frozen."""
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     usual = F.linear
@@ -205,9 +205,9 @@ def alignment_pass(
 ) -> Pass:
     """An alignment micro-batch of one or more passes, and InfoNCE over what `settings` contrasts.
 
-    Args: chunks: micro-batches of one alignment batch on one rank. Where there are several and negatives are global,
-    the loss is no part of the pass, but all embeddings and their gradients are held during it; and where there are few,
-    the last pass is held while the loss is taken (`_align_in_chunks`).
+    Args: chunks: micro-batches of one alignment batch on one rank. If there are several and negatives are global,
+    the loss is not part of the pass, but all embeddings and their gradients are held during it; if there are few, the
+    last pass is held while the loss is taken (`_align_in_chunks`).
     """
     pairs = sum(rows for rows, _ in shapes) // 2
     chunked = settings.negatives == "global" and chunks > 1
@@ -236,7 +236,7 @@ def _inputs(rows: int, tokens: int) -> dict[str, torch.Tensor]:
 
 
 def _contrast(embeddings: torch.Tensor, copies: int, settings: Alignment) -> torch.Tensor:
-    """`objectives.alignment_loss`, the gather being stood in for by copies of this rank's rows."""
+    """`objectives.alignment_loss`, with copies of this rank's rows in place of the gather."""
     keys = torch.zeros(embeddings.shape[1], 3, dtype=torch.int64)
     rows = F.normalize(embeddings.float(), dim=-1)
     columns = rows.repeat(1, copies, 1)

@@ -29,7 +29,7 @@ from torch import nn
 
 from mlalign import distributed, jobs, resharding
 from mlalign.durable import Hashed, fault, settle, sync_folder, write_hashed, write_whole
-from mlalign.errors import UserError
+from mlalign.errors import UserError, one_line
 from mlalign.rundir import digest
 from mlalign.tracker import say
 
@@ -189,7 +189,7 @@ def _said_in_one_sentence(partial: Path) -> Iterator[None]:
         if distributed.lost_a_rank(error):
             raise
         shutil.rmtree(partial, ignore_errors=True)
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(
             f"{partial.parent} cannot be written (is the disk full?), what was saved before is intact: {reason}"
         ) from error
@@ -252,7 +252,7 @@ def newest_whole(run_dir: Path) -> str | None:
 def _newest_first(folder: Path) -> list[str]:
     """Names of what may be checkpoints, the one that `latest` names first."""
     for old in folder.glob("step-*.old"):
-        if not old.with_suffix("").exists():  # killed between the two renames of `save`
+        if not old.with_suffix("").exists():  # killed between the two renames of `_give_name`
             old.rename(old.with_suffix(""))
     latest = _named_latest(folder)
     return sorted(_names(folder), key=lambda name: name != latest)

@@ -1,4 +1,4 @@
-"""From examples to the tensors of a pass: padded to one width, or packed behind each other."""
+"""From examples to the tensors of a pass: padded to one width, or packed one after the other."""
 
 from itertools import accumulate, combinations, pairwise
 
@@ -21,11 +21,11 @@ def _padded(rows: list[list[int]], fill: int) -> torch.Tensor:
 
 
 def collate_ids(rows: list[list[int]], pad: int | None) -> dict[str, torch.Tensor]:
-    """Rows for one pass, right-padded, or packed behind each other where `pad` is None.
+    """Rows for one pass, right-padded, or packed one after the other if `pad` is None.
 
     Padded: `input_ids` and `attention_mask`, each [rows, width]. Packed: `input_ids` and `position_ids`, each [1,
     tokens], every row's positions from 0 on; `attention_mask` of the padded rows; and `slots` [tokens], where in the
-    flattened padded rows each token would stand.
+    flattened padded rows each token would be.
     """
     mask = _padded([[1] * len(row) for row in rows], 0)
     if pad is not None:
@@ -38,7 +38,7 @@ def collate_ids(rows: list[list[int]], pad: int | None) -> dict[str, torch.Tenso
 
 def collate_task(batch: list[TaskExample], pad: int | None) -> dict[str, torch.Tensor]:
     """`collate_ids`, and for each learned token, [learned]: `targets`, its id, and `positions`, where in the flattened
-    `input_ids` the state is that predicts it. None of it depends on the padding id."""
+    `input_ids` the state is that predicts it. Neither depends on the padding id."""
     inputs = collate_ids([example.ids for example in batch], pad)
     labels = _padded([example.labels for example in batch], IGNORED)
     labels[:, 0] = IGNORED  # nothing predicts the first token
@@ -49,9 +49,10 @@ def collate_task(batch: list[TaskExample], pad: int | None) -> dict[str, torch.T
 
 
 def collate_bitext(batch: list[Pair], pad: int | None, sizes: list[int]) -> list[dict[str, torch.Tensor]]:
-    """The passes that encode both sides of all pairs, each `collate_ids` of so many rows, longest rows first.
+    """The passes that encode both sides of all pairs, each a `collate_ids`, longest rows first.
 
-    `rows` of each says which rows it holds: pair i's src is row i, its tgt row pairs + i. `sizes`: see `pass_sizes`.
+    `rows` of each says which rows it holds: pair i's src is row i, its tgt row pairs + i. `sizes`: rows of each, see
+    `pass_sizes`.
     """
     sides = [pair.src for pair in batch] + [pair.tgt for pair in batch]
     order = sorted(range(len(sides)), key=lambda row: -len(sides[row]))
@@ -69,9 +70,9 @@ def pair_keys(batch: list[Pair]) -> torch.Tensor:
 def pass_sizes(shares: list[list[Pair]], pad: int | None, zero3: bool) -> list[int]:
     """Rows of each pass that encodes a micro-batch, longest rows first: one pass, unless more of them pad less.
 
-    A pass more is worth it where it saves a twentieth of the positions, because it starts as many kernels again; under
-    ZeRO-3 it never is, because it gathers the parameters again. `shares` are the micro-batches of all ranks, all of a
-    size, so that every rank decides alike.
+    One more pass is worth it if it saves a twentieth of the positions, because it launches as many kernels again; under
+    ZeRO-3 it never is, because it gathers the parameters again. `shares` are the micro-batches of all ranks, all of the
+    same size, so every rank decides alike.
     """
     count = 2 * len(shares[0])
     if pad is None or zero3:

@@ -11,11 +11,12 @@ from torch.utils.cpp_extension import get_cxx_compiler
 from mlalign import distributed
 from mlalign.errors import UserError
 from mlalign.model import decoder_parts
+from mlalign.zero import stage
 
 
 def check_compile(zero: dict[str, Any]) -> None:
     """Raise UserError where `model.compile` cannot be: under ZeRO-3, or with nothing to compile with."""
-    if zero["zero_optimization"]["stage"] == 3:
+    if stage(zero) == 3:
         raise UserError(
             "model.compile needs ZeRO stage 0, 1 or 2: ZeRO-3 gathers parameters inside of what is compiled"
         )

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from mlalign import launchers
-from mlalign.errors import NotMetError, StoppedError, UserError
+from mlalign.errors import NotMetError, StoppedError, UserError, one_line
 from mlalign.launchers import Place
 
 _TIMEOUT = timedelta(hours=2)  # of a collective: one host may have to tokenise while the others find it done
@@ -175,7 +175,7 @@ def _control_group() -> dist.ProcessGroup:
     except RuntimeError as error:  # gloo goes by the host's own name, which may lead to the host alone, as 127.0.1.1
         raise NotMetError(
             f"rank {rank()} on host {socket.gethostname()}: gloo reaches no other rank: set GLOO_SOCKET_IFNAME to "
-            f"the network interface that leads to them, such as ib0 ({' '.join(str(error).split())[:200]})"
+            f"the network interface that leads to them, such as ib0 ({one_line(error)})"
         ) from error
 
 
@@ -284,6 +284,9 @@ class StopSignals:
             raise KeyboardInterrupt
         self.received = True
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        crashed = kind is not None and not issubclass(kind, StoppedError)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # Of a job that crashed, `__main__` would say that a signal stopped it: its launcher sends one to end it.
+            ours = callable(handler) and handler is not signal.default_int_handler
+            signal.signal(number, signal.SIG_DFL if crashed and ours else handler)

@@ -1,8 +1,13 @@
-"""The exceptions that reach the command line."""
+"""The exceptions that reach the command line, and others' words in them."""
+
+
+def one_line(error: Exception, most: int = 300) -> str:
+    """What an exception of a library says, in one line of at most `most` characters; its kind where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The command line prints its sentence, without a traceback, and exits with 2.
+    """A mistake the user can fix. The command line prints its sentence, without a traceback, and exits with 2.
 
     Sentences quote files that may hold anything: line ends and control characters are shown escaped.
     """

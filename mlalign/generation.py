@@ -10,14 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mlalign import distributed
 from mlalign.collate import collate_ids, pad_id
 from mlalign.config import Model
 from mlalign.errors import UserError
-from mlalign.model import load_for_inference, vocabulary
+from mlalign.model import load_for_inference, vocabulary, without_adapter
 
 Prompts = list[list[int]]
 Generate = Callable[[Prompts, Callable[[], None]], list[str]]
@@ -74,7 +73,7 @@ def _answer(tokens: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBa
 
 def _open_hf(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> Generate:
     lm = load_for_inference(decoding.source, decoding.adapter)
-    base = lm.get_base_model() if isinstance(lm, PeftModel) else lm
+    base = without_adapter(lm)
     ends = end_ids(tokenizer, base.generation_config.eos_token_id)
     pad = pad_id(tokenizer, vocabulary(base))
     # In place of the model's own, which may hold more than it says, such as a repetition penalty of 1.05 in Qwen2.5.
@@ -93,12 +92,12 @@ def _open_hf(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> Generate
         answers: dict[int, str] = {}
         for first in range(0, len(batches), distributed.world_size()):
             check()
-            index = dict(enumerate(batches[first:])).get(distributed.rank(), [])
-            if not index:  # the last round has fewer batches than ranks
+            own = first + distributed.rank()
+            if own >= len(batches):  # the last round has fewer batches than ranks
                 continue
-            inputs = _left_padded([prompts[i] for i in index], pad, distributed.device())
+            inputs = _left_padded([prompts[i] for i in batches[own]], pad, distributed.device())
             tokens = lm.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-            answers |= {i: _answer(row, ends, tokenizer) for i, row in zip(index, tokens.tolist())}
+            answers |= {i: _answer(row, ends, tokenizer) for i, row in zip(batches[own], tokens.tolist())}
         everything = {i: answer for part in distributed.gather_objects(answers) for i, answer in part.items()}
         return [everything[i] for i in range(len(prompts))]
 

@@ -1,4 +1,4 @@
-"""What files from elsewhere may hold that is meant for nobody: secrets, bombs, names that lead out of a directory."""
+"""Untrusted input: secrets in configs, YAML bombs, names that escape a directory."""
 
 import os
 import re
@@ -8,7 +8,7 @@ import yaml
 
 from mlalign.errors import UserError
 
-_MOST_NODES = 100_000  #: that a config expands to
+_MOST_NODES = 100_000  #: that a config may expand to
 
 _SECRET = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{30,}|sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}"
@@ -20,14 +20,14 @@ _SHORTEST = 16  #: characters of an environment variable's value that no path ho
 
 
 def redacted(text: str) -> str:
-    """The text, with `***` for what looks like a secret."""
+    """The text, with `***` in place of what looks like a secret."""
     for value in _secret_values():
         text = text.replace(value, "***")
     return _SECRET.sub("***", text)
 
 
 def refuse_secrets(values: dict[str, object], where: str) -> None:
-    """Raise UserError, naming the key and not the value, where a value holds what looks like a secret."""
+    """Raise UserError, naming the key and not the value, if a value holds what looks like a secret."""
     for key, value in values.items():
         if redacted(str(value)) != str(value) or redacted(key) != key:
             raise UserError(
@@ -37,7 +37,7 @@ def refuse_secrets(values: dict[str, object], where: str) -> None:
 
 
 def _secret_values() -> list[str]:
-    """Values of this process's environment that are secrets by their names."""
+    """Values in this process's environment whose names say that they are secrets."""
     named = (value for name, value in os.environ.items() if _NAMES_OF_SECRETS.search(name))
     return [value for value in named if len(value) >= _SHORTEST and not os.path.exists(value)]
 
@@ -49,7 +49,7 @@ def refuse_bomb(path: Path) -> None:
     def size(node: yaml.Node) -> int:
         if id(node) in sizes:
             return sizes[id(node)]
-        sizes[id(node)] = _MOST_NODES + 1  # of a node within itself
+        sizes[id(node)] = _MOST_NODES + 1  # of a node that contains itself
         children = node.value if isinstance(node, yaml.SequenceNode) else []
         if isinstance(node, yaml.MappingNode):
             children = [child for pair in node.value for child in pair]
@@ -66,9 +66,9 @@ def refuse_bomb(path: Path) -> None:
 
 
 def checked_name(name: str, where: str) -> str:
-    """A language's name as it stands. Raises UserError for one that is no part of a file's name, or is not to be shown.
+    """A language's name, unchanged. Raises UserError for one that cannot be part of a file's name, or be printed.
 
-    Languages name files of results, lines of reports and curves.
+    Languages name result files, lines of reports and curves.
     """
     if not name or len(name) > 100 or name.startswith(".") or not name.isprintable() or set(name) & set("/\\"):
         raise UserError(f"{where}: {name[:100]!r} cannot be a language's name: use a code such as de or deu_Latn")

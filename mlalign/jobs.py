@@ -20,7 +20,7 @@ def say_stopped() -> None:
 
 
 def say_error(rank: int, sentence: str) -> None:
-    """The user has to mend something first."""
+    """The user has to fix something first."""
     _write(f"error-rank-{rank}", sentence)
 
 

@@ -1,7 +1,7 @@
-"""From the global orders to this rank's passes, a step ahead: the next step's are made while the GPU has this one's.
+"""From the global orders to this rank's passes, a step ahead: the next step's are made while the GPU runs this one's.
 
-Reading a stream, tokenising and collating happen in a thread of their own. What a checkpoint says of the orders is
-where they stand after the step that was taken last, whatever was made ahead.
+Reading a stream, tokenising and collating happen in a thread of their own. A checkpoint records where the orders stand
+after the last step taken, whatever was made ahead.
 """
 
 import math
@@ -19,7 +19,7 @@ from mlalign.errors import UserError
 from mlalign.examples import Pair, TaskExample
 from mlalign.objectives import BitextChunk
 from mlalign.sampler import GlobalOrder, slices
-from mlalign.zero import read_deepspeed
+from mlalign.zero import read_deepspeed, stage
 
 
 class Batch(NamedTuple):
@@ -39,11 +39,11 @@ class _Made(NamedTuple):
 
     batches: list[Batch]
     orders: dict[str, dict[str, int]]
-    digest: int  #: of all rows up to here
+    digest: int  #: of all rows so far
 
 
 class Loader:
-    """The batches of one step after another, for this rank. Close it, or a thread may go on reading."""
+    """The batches of one step after another, for this rank. Close it, or a thread may keep reading."""
 
     def __init__(
         self,
@@ -54,18 +54,18 @@ class Loader:
         end: float = math.inf,
         vocabulary: float = math.inf,
     ) -> None:
-        """Args: pad: see `collate.collate_ids`; first: the step to begin with, end: the one before which to stop;
+        """Args: pad: see `collate.collate_ids`; first: the step to begin with; end: the step before which to stop;
         vocabulary: the number of tokens that the model has embeddings for."""
         self._config, self._orders, self._pad, self._vocabulary = config, orders, pad, vocabulary
         self._next, self._end = first, end
-        self._zero3 = read_deepspeed(config.deepspeed)["zero_optimization"]["stage"] == 3
+        self._zero3 = stage(read_deepspeed(config.deepspeed)) == 3
         self._state = {objective: order.state() for objective, order in orders.items()}
-        self.digest = self._made = 0  #: of the rows in the batches that were taken: the same on all ranks; or made
+        self.digest = self._made = 0  #: of the rows in the batches taken, the same on all ranks; and in those made
         self._thread = ThreadPoolExecutor(1)
         self._ahead: Future[_Made] | None = None
 
     def take(self) -> list[Batch]:
-        """The batches of the next step, task first. Raises UserError for rows that are no good."""
+        """The batches of the next step, task first. Raises UserError for unusable rows."""
         made = (self._ahead or self._thread.submit(self._make, self._next)).result()
         self._state, self.digest = made.orders, made.digest
         self._next += 1
@@ -73,11 +73,11 @@ class Loader:
         return made.batches
 
     def state(self) -> dict[str, dict[str, int]]:
-        """Where the orders stand after the step taken last: for `GlobalOrder.restore`."""
+        """Where the orders stand after the last step taken: for `GlobalOrder.restore`."""
         return self._state
 
     def close(self) -> None:
-        """Wait for what is being made ahead, and forget it."""
+        """Wait for what is being made ahead, and discard it."""
         self._thread.shutdown(cancel_futures=True)
 
     def _make(self, step: int) -> _Made:

@@ -11,7 +11,7 @@ _LOGITS = 2**25
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of -log p(target), in fp32; 0 where there are none.
+    """Sum of -log p(target), in fp32; 0 if there are none.
 
     Args: logits [learned, vocabulary]; targets [learned], token ids.
     Returns: a scalar, in nats.
@@ -24,8 +24,8 @@ def head_nll(
 ) -> torch.Tensor:
     """`token_nll` of the logits states @ weight.T + bias, a block of rows at a time: at most 128 MiB of them exist.
 
-    The gradient with respect to logits is softmax - onehot, so that each block's part of it is known as soon as its
-    loss is: nothing is computed twice (as in Liger Kernel, Hsu et al. 2024, section 3.2).
+    The gradient with respect to logits is softmax - onehot, so each block's part of it is known as soon as its loss is:
+    nothing is computed twice (as in Liger Kernel, Hsu et al. 2024, section 3.2).
 
     Args: states [learned, hidden]; weight [vocabulary, hidden]; bias [vocabulary] or None; targets [learned].
     Returns: a scalar, in nats.
@@ -38,7 +38,7 @@ class _HeadNLL(torch.autograd.Function):
     def forward(ctx, states, weight, bias, targets, with_gradient: bool) -> torch.Tensor:
         wanted = [with_gradient and needed for needed in ctx.needs_input_grad[:3]]
         rows = max(1, _LOGITS // len(weight))
-        several = len(states) > rows  # then what each block adds to is kept in fp32
+        several = len(states) > rows  # then what the blocks add to is kept in fp32
         ctx.gradients = [
             torch.zeros_like(of, dtype=torch.float32 if several and of is not states else of.dtype) if want else None
             for of, want in zip((states, weight, bias), wanted)
@@ -68,7 +68,7 @@ class _HeadNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale: torch.Tensor):
         gradients = [
-            None if gradient is None else gradient.mul_(scale).to(dtype)  # in place: of a head it is large
+            None if gradient is None else gradient.mul_(scale).to(dtype)  # in place: that of a head is large
             for gradient, dtype in zip(ctx.gradients, ctx.dtypes)
         ]
         del ctx.gradients  # or they would live as long as the loss, which the caller may keep
@@ -96,7 +96,7 @@ def info_nce(
 
     With s = anchor . candidate / temperature, P the positives and N the rest:
         loss = mean over p in P of -log( exp s_p / (exp s_p + sum over n in N of exp s_n) )
-    which is the usual cross entropy where P has one element. Positives never stand in each other's denominator.
+    which is the usual cross entropy if P has one element. Positives are never in each other's denominator.
 
     Args: anchors [n, hidden] and candidates [m, hidden], of unit length, fp32; positives [n, m], bool, at least one
     in every row.

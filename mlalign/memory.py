@@ -5,7 +5,7 @@
     checkpoint_size(layout)      what a checkpoint takes on disk
 
 Pure numbers. Model states are those of ZeRO (Rajbhandari et al. 2020, section 3); what DeepSpeed 0.19 allocates around
-them is named by its place below deepspeed/runtime/. `activations` finds out what the passes take. Sizes are bytes of
+them is cited by its file below deepspeed/runtime/. `activations` finds out what the passes take. Sizes are bytes of
 one rank, counts of parameters are elements. Used by `mlalign plan`.
 """
 
@@ -29,7 +29,7 @@ class Pass:
     saved: int  #: alive between forward and backward: what autograd keeps, and the loss
     peak: int  #: the largest sum, each parameter's gradient gone as soon as it is made
     logits: int  #: the part of `peak` that has one entry per word of the vocabulary
-    peak_with_gradients: int  #: the largest sum where gradients stay
+    peak_with_gradients: int  #: the largest sum if gradients stay
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Layout:
         return min(small, int(self.zero.model_persistence_threshold))
 
     def bucket(self) -> int:
-        """Bytes of a reduce bucket that hold memory: on a CPU, pages that nothing was written to hold none."""
+        """Bytes of a reduce bucket that take memory: on a CPU, pages that were never written take none."""
         size = int(self.zero.reduce_bucket_size)
         if not self.cuda:
             return self.width * min(size, self.trainable)
@@ -115,8 +115,8 @@ def _offloads(settings) -> bool:
 def model_states(layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes on the device and on the host that are held all the time: parameters, gradients, optimizer states.
 
-    Optimizer states are AdamW's two moments in fp32 and, but for ZeRO-0 in fp32, fp32 master weights: DeepSpeed keeps
-    masters under ZeRO-1 to 3 even where the parameters are fp32 themselves.
+    Optimizer states are AdamW's two moments in fp32 and, except for ZeRO-0 in fp32, fp32 master weights: DeepSpeed
+    keeps masters under ZeRO-1 to 3 even if the parameters are fp32 themselves.
     """
     width, own = layout.width, sum(layout.partitions())
     if layout.stage == 0:
@@ -138,7 +138,7 @@ def model_states(layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
         device["gradients"] = width * own
     if layout.offloads_optimizer:
         # DeepSpeed's CPU Adam reads fp32 gradients from the host. ZeRO-1 and 2 return the new weights through a buffer
-        # in the model's precision, and carry one gradient at a time over a buffer of the largest tensor at each end.
+        # in the model's precision, and move one gradient at a time through a buffer of the largest tensor at each end.
         host["optimizer"] = device.pop("optimizer") + 4 * own
         host["gradients"] = device.pop("gradients")
         if layout.stage < 3:
@@ -148,9 +148,9 @@ def model_states(layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def phases(layout: Layout, passes: dict[str, Pass]) -> dict[str, dict[str, int]]:
-    """Phase of a training step -> part -> bytes on the device of one rank, at the phase's largest moment.
+    """Phase of a training step -> part -> bytes on the device of one rank, at the peak of the phase.
 
-    Args: passes: "task pass" and "alignment pass", as far as a step has them.
+    Args: passes: "task pass" and "alignment pass", if a step has them.
     On a CPU what is offloaded is in the same memory, and counts.
     """
     device, host = model_states(layout)
@@ -187,7 +187,7 @@ def _gathered(layout: Layout) -> int:
 
     It gathers ahead into a flat buffer, copies every tensor out of it (zero/partition_parameters.py,
     AllGatherCoalescedHandle), and keeps what comes up again within the reuse distance: at the turn from forward to
-    backward that is half the distance. A pass that follows no trace of the same pass gathers less.
+    backward that is half the distance. A pass without a trace of its own kind gathers less.
     """
     if layout.ranks == 1 and not layout.offloads_parameters:
         return 0
@@ -197,7 +197,7 @@ def _gathered(layout: Layout) -> int:
 
 
 def _reduction_copies(layout: Layout) -> int:
-    """Bytes of what a full bucket is copied to while it is averaged: flattened anew, twice for gloo in ZeRO-3."""
+    """Bytes of what a full bucket is copied to while it is averaged: flattened again, twice for gloo in ZeRO-3."""
     elements = min(int(layout.zero.reduce_bucket_size), layout.trainable)
     return layout.width * elements * (2 if layout.stage == 3 and not layout.cuda else 1)
 
@@ -208,7 +208,7 @@ def _reduction(layout: Layout) -> dict[str, int]:
     if layout.stage == 0:  # engine.py, allreduce_bucket: half a billion elements at a time, flattened
         return {"buffers": width * min(layout.trainable, 500_000_000 + layout.largest)}
     copies = _reduction_copies(layout)
-    if layout.stage < 3:  # gradients are in the bucket, then what the rank owns of them is moved out of it
+    if layout.stage < 3:  # gradients are in the bucket, then the rank's own are moved out of it
         copies = max(copies, width * layout.touched())
     return {"buffers": layout.bucket() + copies}
 
@@ -216,7 +216,7 @@ def _reduction(layout: Layout) -> dict[str, int]:
 def _optimizer_step(layout: Layout, device: dict[str, int]) -> dict[str, int]:
     """What AdamW's step adds: fp32 gradients of a group, and off CUDA two temporary tensors of what it updates.
 
-    torch's fused AdamW on CUDA has none of the latter, nor has DeepSpeed's CPU Adam.
+    torch's fused AdamW on CUDA needs none of the latter, nor does DeepSpeed's CPU Adam.
     """
     width, largest, group = layout.width, layout.largest, max(layout.partitions())
     adam = 0 if layout.cuda or layout.offloads_optimizer else 8
@@ -238,6 +238,6 @@ def _optimizer_step(layout: Layout, device: dict[str, int]) -> dict[str, int]:
 
 def checkpoint_size(layout: Layout) -> int:
     """Bytes on disk of one checkpoint, the files of all ranks together: fp32 masters and Adam's two moments."""
-    files = layout.ranks if layout.stage in (0, 3) else 1  # that a parameter is cut over, mostly
+    files = layout.ranks if layout.stage in (0, 3) else 1  # over which a parameter is cut, mostly
     records = _BYTES_PER_RECORD * files * sum(map(len, layout.groups)) + _BYTES_PER_RANK * layout.ranks
     return 12 * layout.trainable + records

@@ -24,7 +24,7 @@ from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mlalign.errors import UserError
+from mlalign.errors import UserError, one_line
 from mlalign.tracker import console
 
 METHODS = ("linear", "ties", "dare_linear", "dare_ties")
@@ -114,7 +114,7 @@ def read_adapter(path: str, name: str) -> Adapter:
     except FileNotFoundError as error:
         raise UserError(f"{where}: {WEIGHTS} is missing: export the adapter again, as safetensors") from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{where} cannot be read, is it whole? {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{where} cannot be read, is it whole? {one_line(error)}") from error
     _check_config(config, where)
     factors, frozen = _tensors(config, weights, where)
     return Adapter(folder, config, factors, frozen, _fingerprint(folder))

@@ -229,12 +229,17 @@ def vocabulary(lm: nn.Module) -> float:
     return getattr(getattr(embeddings, "base_layer", embeddings), "num_embeddings", math.inf)
 
 
+def without_adapter(lm: nn.Module) -> PreTrainedModel:
+    """The model that an adapter was put around; a model without one as it is."""
+    return lm.get_base_model() if isinstance(lm, PeftModel) else lm
+
+
 def decoder_parts(lm: nn.Module) -> tuple[nn.Module, str, str]:
     """The decoder of a causal LM (below its LM head), and the names of its block list and its final norm in it.
 
     Raises UserError for an architecture that is laid out otherwise.
     """
-    base = lm.get_base_model() if isinstance(lm, PeftModel) else lm
+    base = without_adapter(lm)
     decoder = base.get_decoder()
     depth = base.config.get_text_config().num_hidden_layers
     stacks = [n for n, m in decoder.named_children() if isinstance(m, nn.ModuleList) and len(m) == depth]

@@ -1,6 +1,6 @@
 """The method on one screen: what one optimizer step computes, exactly, on any number of ranks.
 
-DeepSpeed averages gradients over the ranks. The factors here are such that after this averaging the gradient is that of
+DeepSpeed averages gradients over the ranks. The factors here make the averaged gradient that of
 
     task loss       sum of token NLL over the global task batch / number of its learned tokens
     alignment loss  InfoNCE over the global alignment batch, every pair against every other
@@ -26,10 +26,10 @@ from mlalign.loss import info_nce, same_text
 
 Passes = list[dict[str, torch.Tensor]]
 
-FEW_CHUNKS = 8  #: of an alignment batch, up to which the last is encoded once: see `_align_in_chunks`
+FEW_CHUNKS = 8  #: of an alignment batch: up to this number the last is encoded once, see `_align_in_chunks`
 
 _SIMILARITIES = 2**20  #: that exist at once in `contrast`, in each of a few matrices of 4 MiB,
-_ROWS = 64  #: but for no fewer rows than these: products of a few rows with very many columns wait for memory
+_ROWS = 64  #: but for at least this number of rows: products of few rows with very many columns are bound by memory
 
 
 class BitextChunk(NamedTuple):
@@ -43,8 +43,8 @@ class BitextChunk(NamedTuple):
 def one_reduction(engine) -> Iterator[None]:
     """Around all backward passes of a step: gradients are averaged over the ranks at its end, once.
 
-    ZeRO-0 and 1 do so by themselves, in `engine.step()`. ZeRO-2 and 3 average after each backward, to keep a shard of
-    what would not fit whole: they still do in full fine-tuning. Gradients of adapters are small, and wait.
+    ZeRO-0 and 1 do so by themselves, in `engine.step()`. ZeRO-2 and 3 average after each backward, to keep only a shard
+    of what would not fit whole: in full fine-tuning they still do. Gradients of adapters are small, and wait.
     """
     if not engine.managed_gradient_accumulation():
         yield
@@ -53,7 +53,7 @@ def one_reduction(engine) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            # DeepSpeed would average here too, and wait for ranks that did not fail: what failed were never said.
+            # DeepSpeed would average here too, and wait for ranks that did not fail: what failed would never be said.
             engine._flush_coalesced_reduction_zero12 = engine._flush_coalesced_reduction_zero3 = lambda _: None
             raise
 
@@ -89,7 +89,7 @@ def align_backward(engine, chunks: list[BitextChunk], settings: Alignment, weigh
 
 
 def _sound(loss: torch.Tensor) -> torch.Tensor:
-    """A loss that is no number has a gradient that is none, by which the step is left out; asked without waiting."""
+    """Give a loss that is not finite a gradient that is not, which skips the step; without waiting for the GPU."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
@@ -109,8 +109,9 @@ def _align_in_chunks(engine, chunks: list[BitextChunk], settings: Alignment, wei
 
     Encode without graph, take the loss's gradient with respect to the embeddings, then encode each chunk again and
     carry its part of that gradient back. Both encodings of a chunk start from the same random state: with different
-    dropout masks the gradient is plainly wrong (relative error 0.8 at LoRA dropout 0.1). Of few chunks the last keeps
-    its graph while the loss is taken, and is encoded once: of many, that would save little, and the loss takes memory.
+    dropout masks the gradient is plainly wrong (relative error 0.8 at LoRA dropout 0.1). If there are few chunks, the
+    last keeps its graph while the loss is taken, and is encoded once; with many this would save little, and the loss
+    takes memory.
     """
     once = chunks[-1:] if len(chunks) <= FEW_CHUNKS else []
     twice, states, embeddings = chunks[: len(chunks) - len(once)], [], []
@@ -129,7 +130,7 @@ def _align_in_chunks(engine, chunks: list[BitextChunk], settings: Alignment, wei
     for chunk, state, part in zip(twice, states, parts):
         set_random_state(state)
         engine.backward((engine(bitext=chunk.passes) * part).sum(), scale_wrt_gas=False)
-    set_random_state(drawn)  # or the next pass would drop out what one of these did
+    set_random_state(drawn)  # or the next pass would reuse the dropout masks of one of these
     return loss.detach()
 
 
@@ -159,8 +160,8 @@ def contrast(
 ) -> torch.Tensor:
     """InfoNCE of rows against columns, in the directions and with the positives of `settings`.
 
-    Similarities are computed a block of rows at a time, and again for the backward pass where there are several blocks:
-    memory is linear in rows and columns, and what is computed twice is little beside an encoding.
+    Similarities are computed a block of rows at a time, and again for the backward pass if there are several blocks:
+    memory is linear in rows and columns, and what is computed twice is little compared with an encoding.
 
     Args: rows [2, pairs, hidden] and columns [2, candidates, hidden], of unit length, src first; keys [pairs, 3] and
     column_keys [candidates, 3]; offset: the column of the first row. Returns: a scalar.
@@ -192,7 +193,7 @@ def _contrast_block(rows, columns, keys, column_keys, offset: int, settings: Ali
 
 
 def rest_untouched(engine) -> None:
-    """Between the last backward and the step, where no task batch ran: zero the gradients of what no pass reached.
+    """Between the last backward and the step, if no task batch ran: zero the gradients of what no pass reached.
 
     ZeRO-3, and ZeRO-1 and 2 with an offloaded optimizer, would apply the previous step's gradient to them again. The
     other layouts start every step from zero.
@@ -213,7 +214,7 @@ def random_state() -> tuple[torch.Tensor, ...]:
 
 
 def set_random_state(state: Sequence[torch.Tensor]) -> None:
-    """Put the generators back to where `random_state` found them."""
+    """Put the generators back to the state that `random_state` returned."""
     torch.set_rng_state(state[0])
     if len(state) > 1:
         torch.cuda.set_rng_state(state[1])

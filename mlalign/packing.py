@@ -5,16 +5,15 @@ architectures not at all: they let a row see the ones before it, without a word.
 """
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlalign import distributed, varlen
 from mlalign.collate import collate_bitext, collate_task, pad_id
 from mlalign.config import Model
-from mlalign.errors import UserError
+from mlalign.errors import UserError, one_line
 from mlalign.evaluation import to_device
 from mlalign.examples import Pair, TaskExample
-from mlalign.model import vocabulary
+from mlalign.model import vocabulary, without_adapter
 from mlalign.objectives import random_state, set_random_state
 from mlalign.tracker import say
 
@@ -24,7 +23,7 @@ def choose_pad(engine, settings: Model, tokenizer: PreTrainedTokenizerBase) -> i
 
     Raises UserError where packing is asked for and the model computes something else then.
     """
-    lm = engine.module.lm.get_base_model() if isinstance(engine.module.lm, PeftModel) else engine.module.lm
+    lm = without_adapter(engine.module.lm)
     pad, loaded, wrong = pad_id(tokenizer, vocabulary(lm)), lm.config._attn_implementation, ""
     for attention in _attentions(engine, lm, settings):
         wrong = _wrong_kernel(engine, lm) if attention == varlen.NAME else ""
@@ -61,7 +60,7 @@ def _wrong_rows(engine, lm: PreTrainedModel, pad: int, attention: str) -> str:
         error = packing_error(engine, pad, attention)
         wrong = "" if error <= varlen.ROUNDING[lm.dtype] else f"packed rows differ from padded ones by {error:.1g}"
     except (TypeError, ValueError, NotImplementedError) as failure:  # a forward that does not know the arguments
-        wrong = " ".join(str(failure).split()) or type(failure).__name__
+        wrong = one_line(failure)
     return distributed.broadcast_object(wrong and f"{type(lm).__name__} cannot tell packed rows apart: {wrong}")
 
 

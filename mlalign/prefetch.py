@@ -1,7 +1,7 @@
-"""ZeRO-3: every kind of pass prefetches by its own record.
+"""ZeRO-3: every kind of pass prefetches by its own trace.
 
-DeepSpeed notes the order of modules in one pass, forward and backward, and gathers parameters ahead by it in the next.
-A pass in another order makes it throw its notes away. Task and alignment passes take turns, so it would never prefetch,
+DeepSpeed traces the order of modules in one pass, forward and backward, and gathers parameters ahead by it in the next.
+A pass in another order makes it throw its trace away. Task and alignment passes take turns, so it would never prefetch,
 and would gather every parameter twice a pass and one at a time.
 """
 
@@ -15,8 +15,8 @@ def keep_a_trace_per_pass(engine) -> None:
     """Give each kind of pass of an `AlignedModel` a coordinator of its own. Call it before the first pass.
 
     The kinds are the task, and bitext by its number of passes, each with and without gradient. Coordinators share what
-    is gathered or on its way, and nothing but that, so that they can take turns. Where a DeepSpeed is built otherwise
-    than 0.19, nothing is changed: the step is slower then, and as exact.
+    is gathered or on its way, and nothing else, so they can take turns. With a DeepSpeed that is built differently from
+    0.19, nothing is changed: the step is then slower, and as exact.
     """
     offload = getattr(engine.optimizer, "parameter_offload", None)
     unused = getattr(offload, "param_coordinator", None)

@@ -141,7 +141,7 @@ def read_report(path: Path, metric: str | None) -> tuple[str, dict[str, float]]:
         raise UserError(f"report {path} cannot be read: {error}") from error
     directions = isinstance(report, dict) and report.get("task") == "translation"
     report = report.get("scores", report) if isinstance(report, dict) else {}
-    metrics = {name: scores for name, scores in report.items() if isinstance(scores, dict) and name != "rows"}
+    metrics = {name: scores for name, scores in report.items() if isinstance(scores, dict)}
     if metric is None and metrics:
         metric = next(iter(metrics))
     if metric not in metrics:

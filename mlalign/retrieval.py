@@ -23,14 +23,14 @@ _TIE = 2.0**-20  #: of the rows' mean squared length: what fp32 products of that
 _BLOCK = 2**22  #: similarities held at once: 16 MB, near a CPU's cache and enough for a GPU
 
 
-def retrieval(states: torch.Tensor, ids: torch.Tensor, k: int = NEIGHBOURS) -> dict[str, torch.Tensor]:
+def retrieval(states: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Every direction's top-1 accuracy by cosine and by margin, and MEXA: name -> [src languages, tgt languages].
 
     `cosine`: the nearest row by cosine. It is what LASER calls margin `absolute`.
-    `margin_distance`, `margin_ratio`: of the k nearest rows by cosine, the one with the best margin. With a = cos(x, y)
-    and b = half the mean cosine of x to its k nearest in tgt plus half that of y to its k nearest in src, the margin
-    is a - b or a / b (Artetxe & Schwenk 2019, "Margin-based Parallel Corpus Mining", section 3.2; the candidates are
-    those of LASER's xsim; which of several rows that tie for the k-th place is one, is open).
+    `margin_distance`, `margin_ratio`: of the k = 4 nearest rows by cosine, the one with the best margin. With a =
+    cos(x, y) and b = half the mean cosine of x to its k nearest in tgt plus half that of y to its k nearest in src,
+    the margin is a - b or a / b (Artetxe & Schwenk 2019, "Margin-based Parallel Corpus Mining", section 3.2; the
+    candidates are those of LASER's xsim; which of several rows that tie for the k-th place is one, is open).
     `xsim`: 1 - margin_ratio, the error rate (LASER, "xSIM").
     `mexa`: the share of sentences found by cosine in both directions: c_ii > max_j(c_ij, c_ji), j != i (Kargaran et al.
     2024, "MEXA", section 3). The same for both directions.
@@ -46,7 +46,7 @@ def retrieval(states: torch.Tensor, ids: torch.Tensor, k: int = NEIGHBOURS) -> d
     tie = -2 * _TIE * rows[:, :, hidden].mean()
     names = ("cosine", "margin_distance", "margin_ratio", "mexa")
     scores = {name: torch.full((languages, languages), torch.nan, dtype=torch.float64) for name in names}
-    k = min(k, sentences)
+    k = min(NEIGHBOURS, sentences)
     step = max(_BLOCK // sentences**2, 1)
     for a in range(languages):
         own = rows[a, :, [*range(hidden), hidden + 1, hidden]]

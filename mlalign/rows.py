@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlalign.config import Source
-from mlalign.errors import UserError
+from mlalign.errors import UserError, one_line
 
 Row = dict[str, Any]
 
@@ -144,4 +144,4 @@ def _read_with_datasets(name: str, subset: str | None = None, **kwargs) -> Itera
             yield f"{label}, row {number}", row
     except Exception as error:  # datasets raises many kinds; a user needs the file and the reason
         kind = "cannot be read" if "data_files" in kwargs else "is neither a local file nor a readable hub dataset"
-        raise UserError(f"{label} {kind}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{label} {kind}: {one_line(error)}") from error

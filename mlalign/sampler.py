@@ -41,7 +41,7 @@ def epoch_order(
 
     members: indices of each language's examples; lengths: of all examples, [examples]. Each language walks through its
     own endless sequence of shuffles, a quota per epoch, so that no example of a language comes up twice before all of
-    them came up once. Batches hold examples of similar length.
+    them have come up once. Batches hold examples of similar length.
     """
     quotas = language_quotas({language: len(indices) for language, indices in members.items()}, temperature)
     chosen = [
@@ -77,7 +77,7 @@ def _grouped(order: np.ndarray, lengths: np.ndarray, batch_size: int, rng: np.ra
 def in_memory(
     examples: PackedRows[Example], batch_size: int, temperature: float, seed: int
 ) -> Callable[[int, int], Iterator[Example]]:
-    """Epochs over examples that can be had in any order: a function of (epoch, start) for `GlobalOrder`."""
+    """Epochs over examples that can be read in any order: a function of (epoch, start) for `GlobalOrder`."""
     members = examples.by_language()
 
     def epoch(number: int, start: int) -> Iterator[Example]:
@@ -92,7 +92,7 @@ def streamed(
 ) -> Callable[[int, int], Iterator[Example]]:
     """Epochs over a stream, shuffled and grouped by length within windows: a function of (epoch, start).
 
-    `tick` is called with each window: to start far into a stream, all before it is read.
+    `tick` is called for each window: to start far into a stream, everything before is read.
     """
 
     def epoch(number: int, start: int) -> Iterator[Example]:
@@ -120,7 +120,7 @@ class GlobalOrder:
         self._stream: Iterator[Example] | None = None
 
     def take(self, count: int) -> list[Example]:
-        """The next `count` examples of the global order; a batch may reach over the end of an epoch."""
+        """The next `count` examples of the global order; a batch may extend into the next epoch."""
         taken: list[Example] = []
         while len(taken) < count:
             if self._stream is None:
@@ -142,9 +142,9 @@ class GlobalOrder:
 
 
 def slices(batch: Sequence[Example], micro_batch_size: int, ranks: int) -> list[list[list[Example]]]:
-    """Deal a global batch out: a list of micro-batches, each a list with one share per rank.
+    """Deal out a global batch: a list of micro-batches, each a list with one share per rank.
 
-    The longest come first and similar lengths together, so that all ranks pad alike. Where the batch is a multiple of
+    The longest come first and similar lengths together, so that all ranks pad alike. If the batch is a multiple of
     `ranks`, every rank's share of a micro-batch has the same size.
     """
     ordered = sorted(batch, key=len, reverse=True)

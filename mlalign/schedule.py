@@ -21,7 +21,7 @@ def batches(interleave: Interleave, alignment_weight: float, step: int) -> list[
     """The batches of optimizer step `step` (0-based), task first: under ZeRO-3 the other order corrupts gradients.
 
     - joint: every step holds the whole ratio. The task batches are one large one (one mean over all its tokens); each
-      alignment batch is a contrastive loss of its own, and their mean counts.
+      alignment batch is a contrastive loss of its own, and they are averaged.
     - alternate: one batch a step, in cycles of task steps, then alignment steps.
     - micro_batch: the authors' code. The cycle runs over batches and is never reset; a step takes the next
       `micro_batches` of them, each with its own mean, and averages them all.
@@ -37,7 +37,7 @@ def batches(interleave: Interleave, alignment_weight: float, step: int) -> list[
 
 
 def total_steps(config: Config, rows: int) -> int:
-    """Optimizer steps of the run; `rows` = number of task rows (of pairs where there is no task)."""
+    """Optimizer steps of the run; `rows` = number of task rows (of pairs if there is no task)."""
     if config.optimizer.steps is not None:
         return config.optimizer.steps
     section, objective = (config.task, "task") if config.task else (config.alignment, "alignment")

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine around the model: its config, its optimizer, and what of it needs a hand around a step."""
+"""The DeepSpeed engine around the model: its config, its optimizer, and what needs doing by hand around a step."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from mlalign.config import Config, Model
 from mlalign.model import AlignedModel, precision_dtype
 from mlalign.prefetch import keep_a_trace_per_pass
 from mlalign.resharding import masters_without_zero
-from mlalign.zero import offloads_optimizer
+from mlalign.zero import offloads_optimizer, stage
 
 #: DeepSpeed's own report, and its timer, which would wait for the GPU at every forward.
 _QUIET = {"steps_per_print": 10**9, "timers": {"throughput": {"enabled": False}}}
@@ -21,11 +21,11 @@ _QUIET = {"steps_per_print": 10**9, "timers": {"throughput": {"enabled": False}}
 def engine_config(config: Config, zero: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's config: ZeRO and communication from the user's file, the rest from ours.
 
-    DeepSpeed is told of one micro-batch per step, because `objectives` owns the accumulation.
+    DeepSpeed is told one micro-batch per step, because `objectives` does the accumulation.
     """
     if config.model.compile:
         check_compile(zero)
-    reduces_in_backward = zero["zero_optimization"]["stage"] >= 2  # then `objectives.one_reduction` has DeepSpeed wait
+    reduces_in_backward = stage(zero) >= 2  # then `objectives.one_reduction` makes DeepSpeed wait
     return zero | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -40,7 +40,7 @@ def engine_config(config: Config, zero: dict[str, Any]) -> dict[str, Any]:
 def parameter_groups(model: AlignedModel, weight_decay: float) -> list[dict[str, Any]]:
     """Optimizer groups: reached by alignment or above it, times matrix (decayed) or vector (not).
 
-    The groups with `above` rest in steps without a task batch: AdamW would move them by its momentum alone.
+    The groups with `above` rest in steps without a task batch, in which AdamW would move them by its momentum alone.
     """
     above = {id(p) for p in model.above()}
     groups: dict[tuple[bool, bool], list] = {}
@@ -55,7 +55,7 @@ def parameter_groups(model: AlignedModel, weight_decay: float) -> list[dict[str,
 
 
 def make_optimizer(config: Config, groups: list[dict[str, Any]], zero: dict[str, Any]) -> torch.optim.Optimizer:
-    """AdamW; DeepSpeed's CPU kernel where the optimizer is offloaded, which ZeRO demands."""
+    """AdamW; DeepSpeed's CPU kernel if the optimizer is offloaded, which ZeRO demands."""
     settings = config.optimizer
     arguments = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
     if offloads_optimizer(zero):
@@ -67,7 +67,7 @@ def make_optimizer(config: Config, groups: list[dict[str, Any]], zero: dict[str,
 
 
 def set_lr(optimizer, lr: float, rest_above: bool) -> None:
-    """Set every group's learning rate: `lr`, but 0 above the layer where this step must leave it alone."""
+    """Set every group's learning rate: `lr`, but 0 above the layer if this step must leave that alone."""
     for group in optimizer.param_groups:
         group["lr"] = 0.0 if rest_above and group["above"] else lr
 
@@ -77,7 +77,7 @@ def make_engine(model: AlignedModel, optimizer: torch.optim.Optimizer, deepspeed
     import deepspeed
 
     clip = deepspeed_config["gradient_clipping"]
-    plain = deepspeed_config["zero_optimization"]["stage"] == 0 and not deepspeed_config["bf16"]["enabled"]
+    plain = stage(deepspeed_config) == 0 and not deepspeed_config["bf16"]["enabled"]
     if plain:
         deepspeed_config = deepspeed_config | {"gradient_clipping": 0.0}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
@@ -99,7 +99,7 @@ def make_engine(model: AlignedModel, optimizer: torch.optim.Optimizer, deepspeed
 
 
 def _forget_first_update(engine) -> None:
-    """Undo the update by which DeepSpeed makes Adam's state in bf16 without ZeRO: it decays, and counts as a step."""
+    """Undo the update by which DeepSpeed creates Adam's state in bf16 without ZeRO: it decays, and counts as a step."""
     for parameter, master in masters_without_zero(engine):
         master.data.copy_(parameter.data)
         engine.basic_optimizer.state.pop(master, None)
@@ -123,7 +123,7 @@ def inference_engine(module: nn.Module, deepspeed_config: dict[str, Any]):
 def forget_modules(engine) -> None:
     """After a step: drop what ZeRO-3 keeps of modules whose forward gradient checkpointing ended early.
 
-    DeepSpeed pushes a module on a list before its forward and pops it after; recomputation stops in between, so the
+    DeepSpeed pushes a module onto a list before its forward and pops it after; recomputation stops in between, so the
     list would grow with every step.
     """
     if engine.zero_optimization_stage() == 3:
@@ -133,7 +133,7 @@ def forget_modules(engine) -> None:
 
 
 def step_was_taken(engine) -> bool:
-    """Whether the last step changed anything: it does not where the gradient is no number. The same on all ranks."""
+    """Whether the last step changed anything: it does not if the gradient is not finite. The same on all ranks."""
     norm = getattr(engine, "plain_grad_norm", None)
     return engine.was_step_applied() if norm is None else bool(norm.isfinite())
 

@@ -1,6 +1,6 @@
-"""What a model is asked before it is relied on: by what it computes, for no name of an architecture tells.
+"""What a model computes, found out by running it rather than by its architecture's name.
 
-On ZeRO-3 all ranks ask.
+Under ZeRO-3 all ranks call these.
 """
 
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from torch import nn
 
 @torch.no_grad()
 def is_causal(decoder: nn.Module) -> bool:
-    """Whether no token's state depends on later ones: then padding on the right needs no mask, for nothing sees it.
+    """Whether no token's state depends on later ones: then padding on the right needs no mask, because nothing sees it.
 
-    Two rows that begin alike are compared to the last bit, without a mask and with one, for a model may look ahead with
-    one alone. Without a mask attention takes half the work, and sdpa its fast kernels on GPUs.
+    Two rows that begin alike are compared to the last bit, without a mask and with one, because a model may look ahead
+    with only one of the two. Without a mask attention takes half the work, and sdpa its fast kernels on GPUs.
     """
     device = next(decoder.parameters()).device
     begin, ends = [1, 2, 3, 4], [[5, 6, 7, 8], [9, 8, 7, 6]]
@@ -25,7 +25,7 @@ def is_causal(decoder: nn.Module) -> bool:
     try:
         with _evaluating(decoder):
             every = [decoder(input_ids=ids, attention_mask=each, use_cache=False) for each in (None, mask)]
-    except (TypeError, ValueError, AttributeError):  # a model that wants a mask
+    except (TypeError, ValueError, AttributeError):  # a model that needs a mask
         return False
     begun = [states.last_hidden_state[:, : len(begin)] for states in every]
     return all(torch.equal(states[0], states[1]) for states in begun)
@@ -33,10 +33,10 @@ def is_causal(decoder: nn.Module) -> bool:
 
 @torch.no_grad()
 def is_plain(lm: nn.Module, decoder: nn.Module) -> bool:
-    """Whether the model's logits are its head's output on the decoder's states, and nothing else is done to either.
+    """Whether the model's logits are its head's output on the decoder's states, with nothing else done to either.
 
     Some architectures scale states or logits, or cap them. What goes into the head is compared with what comes out of
-    the decoder, and for its output a value is put that no cap or scale leaves as it is. On ZeRO-3 all ranks call it.
+    the decoder, and its output is replaced by a value that no cap or scale leaves unchanged.
     """
     head, device = lm.get_output_embeddings(), next(lm.parameters()).device
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
@@ -59,7 +59,7 @@ def is_plain(lm: nn.Module, decoder: nn.Module) -> bool:
 
 @torch.no_grad()
 def chooses_logits(lm: nn.Module) -> bool:
-    """Whether a model asked for the logits of some tokens, by a mask of all, gives them: [tokens, vocabulary].
+    """Whether a model asked for the logits of some tokens, by a mask over all, returns them: [tokens, vocabulary].
 
     transformers' own architectures do, by `slice_logits_to_keep`.
     """
@@ -71,7 +71,7 @@ def chooses_logits(lm: nn.Module) -> bool:
         every = lm(**inputs).logits[mask]
         try:
             chosen = lm(**inputs, logits_to_keep=mask).logits
-        except (TypeError, ValueError, IndexError):  # it does not know of this
+        except (TypeError, ValueError, IndexError):  # it does not know the argument
             return False
     return chosen.shape == every.shape and bool((chosen - every).norm() < 0.02 * every.norm())  # bf16 rounds by 0.004
 

@@ -1,8 +1,8 @@
-"""Ends a job that no longer gets anywhere, and says which rank holds it up: a stopped process, a lost host.
+"""Ends a job that is stuck, and names the rank that holds it up: a stopped process, a lost host.
 
-Ranks wait for each other in collectives, so that one that is stuck holds up all, for good, and pays for it by the hour.
-Every rank tells the others where it is through the store at which they met. Where none has come further for so long,
-each process ends with an exit code of its own: 75, EX_TEMPFAIL, by which a job script knows to start again.
+Ranks wait for each other in collectives, so one that is stuck holds up all of them forever, and GPUs cost by the hour.
+Every rank tells the others where it is through the store at which they met. If none makes progress for long enough,
+each process ends with exit code 75, EX_TEMPFAIL, by which a job script knows to start it again.
 """
 
 import faulthandler
@@ -19,19 +19,18 @@ from typing import NamedTuple
 
 from mlalign import distributed
 
-_EXIT_CODE = 75
 _LONGEST_INTERVAL = 5.0  #: seconds between two signs of life
-_LONGEST_FAREWELL = 10.0  #: seconds for saying why
+_LONGEST_FAREWELL = 10.0  #: seconds to say why
 _TRIES = 3  #: to reach the store
 _KEY = "mlalign/watchdog/{}"
 
 
 class _Sign(NamedTuple):
-    """What a rank last told of itself."""
+    """What a rank last reported of itself."""
 
-    beat: int  #: that its process is alive
-    marks: int  #: how many calls of `at` it has come to, the same ones on all ranks
-    touches: int  #: that its main thread comes further
+    beat: int  #: counts while its process is alive
+    marks: int  #: how many calls of `at` it has reached, the same ones on all ranks
+    touches: int  #: counts the progress of its main thread
     phase: str
     step: int
     place: str  #: process and host
@@ -41,7 +40,7 @@ class _Sign(NamedTuple):
 
 
 class Watchdog:
-    """Watches over the main thread for the body of a `with`, by all ranks; 0 seconds: it sleeps."""
+    """Watches the main thread during the body of a `with`, on all ranks; 0 seconds: it does nothing."""
 
     def __init__(self, seconds: float, run_dir: Path) -> None:
         """seconds: without progress on any rank, after which the process ends."""
@@ -62,13 +61,13 @@ class Watchdog:
         self._over.set()
 
     def at(self, phase: str, step: int) -> None:
-        """The main thread comes to another part of its work, as on all ranks."""
+        """The main thread begins another part of its work, as on all ranks."""
         self.phase, self.step = phase, step
         self._marks += 1
         self.touch()
 
     def touch(self) -> None:
-        """There is progress within that part."""
+        """The main thread makes progress within that part."""
         self._touches += 1
         self._since = time.monotonic()
 
@@ -80,7 +79,7 @@ class Watchdog:
             sign = _Sign(beat, self._marks, self._touches, self.phase, self.step, place)
             try:
                 store.set(_KEY.format(distributed.rank()), json.dumps(sign))
-            except Exception:  # rank 0 is gone: the others are about to learn so, one way or another
+            except Exception:  # rank 0 is gone: the others are about to find out, one way or another
                 return
 
     def _watch(self) -> None:
@@ -96,7 +95,7 @@ class Watchdog:
             if awake == 1:
                 before = self._signs(reader, store)
             if waited < self._seconds or awake * self._interval < 0.4 * self._seconds:
-                continue  # it has not been long enough, or this process was stopped itself, and has just woken up
+                continue  # it has not been long enough, or this process was stopped itself and has just woken up
             now = self._signs(reader, store)
             if now is None and unanswered < _TRIES - 1:
                 unanswered += 1
@@ -106,7 +105,7 @@ class Watchdog:
                 self._end(_sentence(now, before, waited, self._folder))
 
     def _signs(self, reader: ThreadPoolExecutor, store) -> dict[int, _Sign] | None:
-        """Every rank's last sign; None where the store does not answer."""
+        """Every rank's last sign; None if the store does not answer."""
         if store is None:
             return {}
         try:
@@ -118,7 +117,7 @@ class Watchdog:
         """Leave, from this thread: the main one may never come back."""
         if self._over.is_set():
             return
-        last = threading.Timer(_LONGEST_FAREWELL, os._exit, (_EXIT_CODE,))  # all below may be what everything waits for
+        last = threading.Timer(_LONGEST_FAREWELL, os._exit, (os.EX_TEMPFAIL,))  # what follows may hang as well
         last.daemon = True
         last.start()
         try:
@@ -129,9 +128,9 @@ class Watchdog:
                 file.write(sentence + "\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-            time.sleep(2)  # the first to leave has its launcher end the others, who have something to say as well
+            time.sleep(2)  # the launcher ends the others when the first leaves, and they have something to say as well
         finally:
-            os._exit(_EXIT_CODE)
+            os._exit(os.EX_TEMPFAIL)
 
 
 def _read_signs(store) -> dict[int, _Sign]:

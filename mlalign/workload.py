@@ -1,7 +1,7 @@
 """What a run works through: rows, tokens and steps of an epoch, and the micro-batch that needs the most memory.
 
 `survey(config, ranks, tokenizer)` reads and tokenises the rows as `train` does and deals one epoch out to the ranks.
-Where rows are missing it says so and assumes the worst, rows of `max_length`. Used by `mlalign plan`.
+If rows are missing it says so and assumes the worst, rows of `max_length`. Used by `mlalign plan`.
 """
 
 import math
@@ -19,9 +19,9 @@ from mlalign.examples import Pair, TaskExample
 from mlalign.rows import is_local, matching, read_rows
 from mlalign.sampler import GlobalOrder, slices
 from mlalign.schedule import batches, total_steps
-from mlalign.zero import read_deepspeed
+from mlalign.zero import read_deepspeed, stage
 
-_STREAMED = 50  #: batches that are read of a stream, the window in which it groups lengths
+_STREAMED = 50  #: batches that are read from a stream, the window in which it groups lengths
 
 Shapes = tuple[tuple[int, int], ...]  #: rows x positions of each pass of a micro-batch
 
@@ -42,7 +42,7 @@ class Workload:
 
 
 def survey(config: Config, ranks: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Workload]:
-    """Each objective's part of the run on so many ranks. Raises UserError for rows that `train` would refuse."""
+    """Each objective's part of the run on this number of ranks. Raises UserError for rows that `train` would refuse."""
     return {
         name: _survey_one(config, name, section, ranks, tokenizer)
         for name, section in (("task", config.task), ("alignment", config.alignment))
@@ -51,7 +51,7 @@ def survey(config: Config, ranks: int, tokenizer: PreTrainedTokenizerBase) -> di
 
 
 def steps_of_run(config: Config, workloads: dict[str, Workload]) -> int | None:
-    """Optimizer steps, as `schedule.total_steps` counts them; None where the number of rows is needed and not known."""
+    """Optimizer steps, as `schedule.total_steps` counts them; None if the number of rows is needed and not known."""
     rows = (workloads.get("task") or workloads["alignment"]).rows_per_epoch
     return None if rows is None and config.optimizer.steps is None else total_steps(config, rows or 0)
 
@@ -59,7 +59,7 @@ def steps_of_run(config: Config, workloads: dict[str, Workload]) -> int | None:
 def negatives(settings: Alignment, ranks: int) -> tuple[int, int]:
     """Negatives of one anchor, and anchor-negative pairs of one alignment batch over all ranks and directions.
 
-    Both at most: with `positives: id`, pairs that share a sentence are no negatives of each other.
+    Both at most: with `positives: id`, pairs that share a sentence are not negatives of each other.
     """
     share, size = settings.batch_size // ranks, settings.micro_batch_size
     contrasted = [settings.batch_size]
@@ -92,7 +92,7 @@ def _survey_one(
     sample = rows or _STREAMED * size
     tokens = sum(map(len, order.take(sample)))
     order.restore({"epoch": 0, "position": 0})
-    zero3 = read_deepspeed(config.deepspeed)["zero_optimization"]["stage"] == 3
+    zero3 = stage(read_deepspeed(config.deepspeed)) == 3
     shapes, learned = _largest(order, math.ceil(sample / size), size, section.micro_batch_size, ranks, zero3)
     one_epoch = config.optimizer.model_copy(update={"steps": None, "epochs": 1.0})
     return Workload(
@@ -125,7 +125,7 @@ def _largest(
 
 
 def _shapes(share: list[TaskExample] | list[Pair], sizes: list[int]) -> Shapes:
-    """As `collate.collate_task` and `collate.collate_bitext` pad them; packed they take less."""
+    """As `collate.collate_task` and `collate.collate_bitext` pad them; packed rows take less."""
     if isinstance(share[0], TaskExample):
         return ((len(share), max(map(len, share))),)
     lengths = sorted((len(side) for pair in share for side in (pair.src, pair.tgt)), reverse=True)
@@ -133,7 +133,7 @@ def _shapes(share: list[TaskExample] | list[Pair], sizes: list[int]) -> Shapes:
 
 
 def _missing(sources: list[Source], streaming: bool) -> str | None:
-    """What is wrong with the first source that is not there. What is there and broken is an error where it is read."""
+    """What is wrong with the first source that is missing. One that is there but broken is an error when it is read."""
     for source in sources:
         if is_local(source.path):
             if not matching(source.path):

@@ -33,6 +33,11 @@ _GOVERNED = {
 }
 
 
+def stage(deepspeed: dict[str, Any]) -> int:
+    """The ZeRO stage, 0 to 3, of what `read_deepspeed` returns."""
+    return deepspeed["zero_optimization"]["stage"]
+
+
 def read_deepspeed(name: str | None) -> dict[str, Any]:
     """The ZeRO and communication keys of a DeepSpeed JSON file; ZeRO-0 for None.
 

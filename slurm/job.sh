@@ -1,9 +1,9 @@
-# What every job does around its `srun`: environment, signals, starting again. Sourced by the .sbatch files.
+# What every job does around its `srun`: environment, signals, restarts. Sourced by the .sbatch files.
 #
 #     run_job VERB ARGS...      mlalign doctor, then mlalign VERB ARGS, on one task per GPU of the allocation
 #
 # The job's directory, $LOG_DIR/<name>-<job id>, holds rank-N.log, and what the ranks leave there (see mlalign/jobs.py):
-# `stopped` after a signal, `error-rank-N` after a mistake, `progress` after every save. A chain of jobs has its first's.
+# `stopped` after a signal, `error-rank-N` after a mistake, `progress` after every save. A chain has its first job's.
 
 site=${MLALIGN_SITE:-$MLALIGN_HOME/slurm/site.env}
 # shellcheck source=/dev/null
@@ -34,13 +34,13 @@ run_job() {
     [ "$verb" != train ] || inputs=("${STAGED[@]}")
     rc=0
     [ "${DOCTOR:-yes}" = no ] || [ -n "$warned" ] || run_step doctor "${inputs[@]}"
-    [ -z "$warned" ] || [ -e "$dir/stopped" ] || rc=1 # asked to stop where nothing had begun
+    [ -z "$warned" ] || [ -e "$dir/stopped" ] || rc=1 # asked to stop before anything had begun
     [ $rc -ne 0 ] || [ -e "$dir/stopped" ] || run_step "$verb" "${STAGED[@]}"
     unstage
     if [ -e "$dir/stopped" ]; then
         again "stopped by a signal, all is saved"
     elif compgen -G "$dir/error-rank-*" >/dev/null; then
-        say "not started again, something is to be mended first: $(head -qn1 "$dir"/error-rank-* | head -1)"
+        say "not started again, fix it first: $(head -qn1 "$dir"/error-rank-* | head -1)"
         exit 2
     elif [ $rc -ne 0 ] && [ -n "$warned" ]; then
         again "stopped by a signal before it had begun"
@@ -52,14 +52,14 @@ run_job() {
     fi
 }
 
-# mlalign ARGS... on all tasks, with signals passed on; its exit code is in rc.
+# mlalign ARGS... on all tasks, passing signals on; its exit code is in rc.
 run_step() {
     "${command[@]}" python -m mlalign "$@" &
     step=$!
-    [ -z "$warned" ] || kill -USR1 $step 2>/dev/null || : # of a signal that came just before
-    # A trapped signal ends `wait`, not srun: wait again until it is gone.
+    [ -z "$warned" ] || kill -USR1 $step 2>/dev/null || : # a signal that came just before
+    # A trapped signal ends `wait`, not srun: wait again until srun has ended.
     while wait $step && rc=0 || rc=$?; kill -0 $step 2>/dev/null; do :; done
-    wait $step && rc=0 || rc=$? # its own exit code, where the signal came with its end
+    wait $step && rc=0 || rc=$? # its own exit code, in case the signal came as it ended
     step=
 }
 
@@ -67,7 +67,7 @@ prepare_environment() {
     for module in ${MODULES:-}; do module load "$module"; done
     # shellcheck source=/dev/null
     [ -z "${VENV:-}" ] || source "$VENV/bin/activate"
-    unset SLURM_EXPORT_ENV # set by --export=NONE, and then the tasks would start without PATH
+    unset SLURM_EXPORT_ENV # set by --export=NONE, with which the tasks would start without PATH
     export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # compute nodes have no internet: fetch on the login node, see slurm/README.md
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
     # Compiled kernels go to local disk: ranks on a shared file system wait for each other's locks.
@@ -76,12 +76,12 @@ prepare_environment() {
     # Tokenised rows too: all ranks of a node map them.
     export MLALIGN_CACHE=${MLALIGN_CACHE:-${LOCAL_DIR:-/tmp}/mlalign-$(id -un)/cache}
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1)
-    # Another port after a restart, lest one that is taken stop the job for good.
+    # Another port after a restart, so that a taken one does not stop the job for good.
     export MASTER_ADDR MASTER_PORT=$((20000 + (SLURM_JOB_ID + 101 * ${SLURM_RESTART_COUNT:-0}) % 10000))
 }
 
-# Copies STAGE_DIR to LOCAL_DIR on every node and puts the copy's path in place of it in the arguments. The path is the
-# same for every job, for a run goes on under its own paths only.
+# Copies STAGE_DIR to LOCAL_DIR on every node and replaces it by the copy's path in the arguments. The path is the same
+# for every job, because a run resumes only with its own paths.
 stage() {
     STAGED=("$@")
     [ -n "${STAGE_DIR:-}" ] || return 0
@@ -99,7 +99,7 @@ stage() {
     staged_copy+=/staged-$(cksum <<<"$STAGE_DIR" | cut -d' ' -f1)
     say "staging $STAGE_DIR to $staged_copy"
     on_every_node in
-    # Whole paths only: /data is not the beginning of /data2, nor the end of /my/data.
+    # Whole paths only: /data does not match the start of /data2, nor the end of /my/data.
     pattern=$(sed 's/[][(){}.*+?^$|\\#]/\\&/g' <<<"$STAGE_DIR")
     copy=$(sed 's/[&#\\]/\\&/g' <<<"$staged_copy")
     STAGED=()
@@ -118,9 +118,9 @@ on_every_node() {
         bash "$MLALIGN_HOME/slurm/stage" "$1" "$STAGE_DIR" "$staged_copy" "$SLURM_JOB_ID"
 }
 
-# Starts the job again, unless it is being cancelled or Slurm requeues it by itself.
+# Starts the job again, unless it is being cancelled or Slurm requeues it itself.
 again() {
-    # The number of an array is also that of its last task, and then means all of them.
+    # An array's id is also that of its last task, and then means all of them.
     local state job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
     job=${job:-$SLURM_JOB_ID}
     state=$(scontrol show job -o "$job" | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p')
@@ -131,7 +131,7 @@ again() {
         scontrol requeue "$job"
     elif [ -n "${MLALIGN_RESUBMIT:-}" ]; then
         say "$1: the next job of the chain is submitted"
-        # Of an array each task has a chain of its own: the last --array counts.
+        # Each task of an array has its own chain: the last --array counts.
         local more=--dependency=afterany:$job${SLURM_ARRAY_TASK_ID:+ --array=$SLURM_ARRAY_TASK_ID}
         export MLALIGN_CHAIN=$MLALIGN_JOB_DIR
         eval "sbatch $MLALIGN_RESUBMIT_FLAGS $more $MLALIGN_RESUBMIT"
@@ -140,7 +140,7 @@ again() {
     fi
 }
 
-# A rank was killed, or a node went away: start again, but not for ever and not where nothing moves.
+# A rank was killed, or a node was lost: start again, but not forever, and not without progress.
 after_crash() {
     local dir=$MLALIGN_JOB_DIR progress count=0
     progress=$(cat "$dir/progress" 2>/dev/null || echo nothing)

@@ -272,7 +272,7 @@ def test_killed_half_way_and_repeated_gives_the_same_report(settings, tmp_path, 
     if not (output / "report.json").exists():  # the signal may have come late
         assert process.returncode == (-killer if killer == signal.SIGKILL else 75)
         assert (job / "stopped").exists() == (killer != signal.SIGKILL)
-        assert ("the same command goes on" in said) == (killer != signal.SIGKILL)
+        assert ("the same command resumes" in said) == (killer != signal.SIGKILL)
     for later in ("en", "sw"):
         (output / "predictions" / f"{later}.jsonl").unlink(missing_ok=True)
     (output / "report.json").unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from conftest import alone_in_the_world
 from omegaconf import OmegaConf
 
 from mlalign import distributed
-from mlalign.errors import UserError
+from mlalign.errors import StoppedError, UserError
 from mlalign.launchers import Place, discover, first_host, started_together
 
 ROOT = Path(__file__).parent.parent
@@ -317,3 +318,20 @@ def test_a_rank_has_its_share_of_the_cores(tmp_path, given, found):
             check=True,
         )
         assert int(asked.stdout) == (found or max(cores // nproc, 1))
+
+
+@pytest.mark.parametrize(
+    ("leaving", "kept"), [(None, True), (StoppedError, True), (RuntimeError, False)], ids=["done", "stopped", "crashed"]
+)
+def test_a_job_that_has_crashed_is_not_taken_for_one_that_was_stopped(leaving, kept):
+    """Its launcher sends the other ranks SIGTERM, which before the first step means that the job is to begin again."""
+    usual = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, early := lambda *_: None)
+    try:
+        with suppress(StoppedError, RuntimeError), distributed.StopSignals():
+            if leaving:
+                raise leaving
+        assert signal.getsignal(signal.SIGTERM) == (early if kept else signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, usual)

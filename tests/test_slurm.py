@@ -301,7 +301,7 @@ def test_a_mistake_is_said_and_not_repeated(cluster, recipe, doctor, sentence):
     job = cluster.submit("train.sbatch", path, DOCTOR=doctor)
     found = cluster.wait(job)
     assert (found["JobState"], found["Restarts"]) == ("FAILED", "0"), cluster.log(job)
-    assert f"not started again, something is to be mended first: {sentence}" in cluster.log(job)
+    assert f"not started again, fix it first: {sentence}" in cluster.log(job)
 
 
 def test_a_run_that_loses_a_node_goes_on_where_there_is_room(cluster, recipe, undisturbed):

@@ -25,7 +25,7 @@ from mlalign.comet import comet_scores
 from mlalign.config import Model
 from mlalign.data import answer_text, encode_prompt
 from mlalign.durable import write_whole
-from mlalign.errors import UserError
+from mlalign.errors import UserError, one_line
 from mlalign.generation import Decoding, open_backend
 from mlalign.model import adapter_file, adapter_folder, load_model_config, load_tokenizer, precision_dtype
 from mlalign.predictions import (
@@ -267,7 +267,7 @@ def _contents(adapter: str | None) -> list[str]:
     try:
         files = [adapter_file(adapter, name) for name in ("adapter_config.json", "adapter_model.safetensors")]
     except Exception as error:  # the hub raises many kinds
-        raise UserError(f"adapter {adapter} cannot be had: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"adapter {adapter} cannot be had: {one_line(error)}") from error
     return [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest() for file in files if file]
 
 

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from mlalign import __version__, distributed, merging
 from mlalign.config import Model
 from mlalign.durable import settle, write_whole
-from mlalign.errors import UserError
+from mlalign.errors import UserError, one_line
 from mlalign.merged_config import adapter_config
 from mlalign.merging import CONFIG, SPARSE, WEIGHTS, Adapter, Merged, Recipe
 from mlalign.model import load_model_config
@@ -386,7 +386,7 @@ def _write_adapter(folder: Path, save: Callable[[Path], Any], config: dict[str, 
         write_whole(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"output {folder} cannot be written (is the disk full?): {reason}") from error
 
 

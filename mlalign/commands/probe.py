@@ -44,7 +44,7 @@ from mlalign.probe_show import draw, log, show
 from mlalign.rundir import digest, make_writable, refuse_others
 from mlalign.states import Encoder, encode, load_layer, state_files
 from mlalign.tracker import say
-from mlalign.zero import read_deepspeed
+from mlalign.zero import read_deepspeed, stage
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Settings:
 
 def probe(settings: Settings) -> dict:
     """Measure, write and show everything; returns what `probe.json` holds, on every rank."""
-    if settings.deepspeed and read_deepspeed(settings.deepspeed)["zero_optimization"]["stage"] != 3:
+    if settings.deepspeed and stage(read_deepspeed(settings.deepspeed)) != 3:
         raise UserError(
             f"deepspeed: {settings.deepspeed} is not ZeRO stage 3, and others shard nothing that a probe has"
         )
@@ -268,10 +268,10 @@ def _measure(
     own = {}
     for first in range(0, len(work), distributed.world_size()):
         check()
-        mine = dict(enumerate(work[first:])).get(distributed.rank())
-        if mine is None:  # the last round has fewer layers than ranks
+        own = first + distributed.rank()
+        if own >= len(work):  # the last round has fewer layers than ranks
             continue
-        name, pooling, number, layer = mine
+        name, pooling, number, layer = work[own]
 
         def load(language: str, paths=files[name], number=number, layer=layer):
             return load_layer(paths[language], number, layer)

@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 from langcodes import tag_is_valid
 
 from mlalign.config import Source
-from mlalign.errors import UserError
+from mlalign.errors import UserError, one_line
 from mlalign.rows import REPORT, Row, checked_row, matching, parse_json, read_file, read_rows, row_id
 
 #: What splits are called where data is published -> what they are called here.
@@ -209,5 +209,5 @@ def hub_rows(name: str, configuration: str, splits: Collection[str]) -> Iterator
 
 
 def _unreadable(name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
+    reason = one_line(error)
     return f"{name} is neither a local file or directory nor a readable hub dataset: {reason}"
