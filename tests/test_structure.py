@@ -56,7 +56,7 @@ LAYERS = [
     }
     | {f"corpora.{name}" for name in ("massive", "translation", "uner", "bitext", "against")},
     {"evaluation", "states", "probe_report", "workload", "loader", "gradients"},
-    {"probe_show", "activations", "packing"},
+    {"probe_show", "activations", "packing", "progress"},
     {"estimate"},
     {f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("[!_]*.py")} - {"commands.merge", "commands.plan"},
     {"commands.merge", "commands.plan"},  # which tunes its weight by evaluating, and measures by training

@@ -5,21 +5,21 @@ launch/deepspeed.sh recipe.yaml model.path=... run_dir=...      all GPUs of this
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from mlalign import checkpoint, distributed, model, schedule, sharding
 from mlalign.compiling import compile_blocks
 from mlalign.config import Config
 from mlalign.dataset import Dataset, load_dataset
 from mlalign.durable import write_whole
-from mlalign.errors import StoppedError, UserError
+from mlalign.errors import StoppedError
 from mlalign.evaluation import evaluate, to_device
 from mlalign.gradients import GradientMeter
 from mlalign.guards import (
@@ -35,53 +35,15 @@ from mlalign.objectives import (
     BitextChunk,
     align_backward,
     one_reduction,
-    random_state,
     rest_untouched,
-    set_random_state,
     task_backward,
 )
 from mlalign.packing import choose_pad
+from mlalign.progress import Progress, resume, save
 from mlalign.rundir import digest, held, open_run
 from mlalign.tracker import Meter, Tracker, say
 from mlalign.watchdog import Watchdog
 from mlalign.zero import offloads_optimizer, read_deepspeed
-
-
-@dataclass
-class Progress:
-    """How far the run is, and how well it does on dev. Saved with every checkpoint."""
-
-    step: int = 0
-    best: float | None = None  #: the smallest dev loss so far (task loss; alignment loss where there is no task dev)
-    best_step: int = 0
-    evaluations_since_best: int = 0
-    evaluated_step: int = 0  #: a run stopped by a signal where an evaluation is due begins again with it
-    stopped_early: bool = False
-    skipped: int = 0  #: steps that were left out
-    skipped_in_a_row: int = 0  #: of them, the last ones
-
-    def evaluation_due(self, config: Config, steps: int) -> bool:
-        """Whether to evaluate now: every so many steps and after the last, once each."""
-        at_step = self.step % config.evaluation.every == 0 or self.step == steps
-        return at_step and self.step > self.evaluated_step
-
-    def count(self, taken: bool) -> None:
-        """Take in a step."""
-        self.step += 1
-        self.skipped += not taken
-        self.skipped_in_a_row = 0 if taken else self.skipped_in_a_row + 1
-
-    def judge(self, values: dict[str, float], patience: int) -> bool:
-        """Take in an evaluation; returns whether it is the best so far."""
-        loss = values.get("dev/task_loss", values.get("dev/alignment_loss"))
-        improved = not math.isnan(loss) and (self.best is None or loss < self.best)
-        if improved:
-            self.best, self.best_step, self.evaluations_since_best = loss, self.step, 0
-        else:
-            self.evaluations_since_best += 1
-        self.evaluated_step = self.step
-        self.stopped_early = 0 < patience <= self.evaluations_since_best
-        return improved
 
 
 def train(config: Config) -> None:
@@ -99,6 +61,33 @@ def train(config: Config) -> None:
         _train(config, engine_config, run_dir, watch)
 
 
+@dataclass
+class _Run:
+    """A run while it lasts: what takes part in it, and how far it is."""
+
+    config: Config
+    run_dir: Path
+    engine: Any
+    tokenizer: PreTrainedTokenizerBase
+    dataset: Dataset
+    loader: Loader
+    pad: int | None  #: see `packing.choose_pad`
+    steps: int
+    lr_factor: Callable[[int], float]
+    progress: Progress
+    meter: Meter
+    saver: checkpoint.Saver
+    tracker: Tracker
+    watch: Watchdog
+    asked_to_stop: Callable[[], bool]  #: called by all ranks
+    kept: int  #: the step of the latest checkpoint
+    unpublished: int | None = None  #: the step of a result that waits for its checkpoint
+    cut_short: bool = False  #: a signal asked to stop, and something is left to do
+
+    def at(self, phase: str) -> None:
+        self.watch.at(phase, self.progress.step)
+
+
 def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: Watchdog) -> None:
     tokenizer = model.load_tokenizer(config.model)
     layer = model.checked_layer(config)
@@ -110,101 +99,114 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
     steps = schedule.total_steps(config, dataset.epoch_rows)
     refuse_unlike(_common(config, engine_config, dataset, steps))
     engine = _make_engine(config, engine_config, layer)
-    lr_factor = schedule.lr_factor(config, steps)
     pad = choose_pad(engine, config.model, tokenizer)
     say(_describe(engine, config, layer, steps, packed=pad is None))
 
     meter = Meter()
-    progress = _resume(engine, dataset, meter, run_dir, config.seed, steps)
-    kept = progress.step  # what the latest checkpoint holds
-    engine.module.register_forward_pre_hook(lambda *_: watch.touch())
+    progress = resume(engine, dataset, meter, run_dir, config.seed, steps)
     checkpoint.publish(engine, run_dir, progress.best_step)  # a run may have been killed before it came to it
-    unpublished = None  # the step of a result that waits for its checkpoint
-    saver = checkpoint.Saver(engine, run_dir, _saves_in_background(config, engine_config), watch.touch)
-    tracker = Tracker(run_dir, progress.step, steps)
-    if progress.step == 0:
-        tracker.text("config", (run_dir / "config.yaml").read_text())
-
+    engine.module.register_forward_pre_hook(lambda *_: watch.touch())
     dataset.tick = watch.touch
     loader = Loader(config, dataset.orders, pad, progress.step, steps, model.vocabulary(engine.module.lm))
     with distributed.StopSignals() as signals, closing(loader), watch:
-
-        def asked_to_stop() -> bool:
-            return distributed.any_rank(signals.received)
-
-        def at_batch(objective: str) -> None:
-            watch.at(f"{objective} batch", progress.step + 1)
-
+        run = _Run(
+            config=config,
+            run_dir=run_dir,
+            engine=engine,
+            tokenizer=tokenizer,
+            dataset=dataset,
+            loader=loader,
+            pad=pad,
+            steps=steps,
+            lr_factor=schedule.lr_factor(config, steps),
+            progress=progress,
+            meter=meter,
+            saver=checkpoint.Saver(engine, run_dir, _saves_in_background(config, engine_config), watch.touch),
+            tracker=Tracker(run_dir, progress.step, steps),
+            watch=watch,
+            asked_to_stop=lambda: distributed.any_rank(signals.received),
+            kept=progress.step,
+        )
+        if progress.step == 0:
+            run.tracker.text("config", (run_dir / "config.yaml").read_text())
         engine.train()
         meter.restart_clock()
-        while True:
-            watch.at("decisions", progress.step)
-            stop = asked_to_stop()
-            saver.poll()
-            improved = False
-            evaluated = None
-            if progress.evaluation_due(config, steps) and dataset.has_dev and not stop:
-                watch.at("evaluation", progress.step)
-                evaluated = evaluate(engine, config, dataset.task_dev, dataset.bitext_dev, pad, asked_to_stop)
-                stop = evaluated is None
-                meter.restart_clock()
-            if evaluated:
-                tracker.log(progress.step, evaluated)
-                improved = progress.judge(evaluated, config.evaluation.patience)
-            finished = progress.step == steps or progress.stopped_early
-            owed = finished and dataset.has_dev and progress.evaluation_due(config, steps)
-            unexported = (
-                finished
-                and progress.best is None
-                and (progress.step > kept or not checkpoint.exported(engine, run_dir))
-            )
-            if improved or (unexported and not stop):
-                watch.at("export", progress.step)
-                unpublished = progress.step
-                about = {"step": unpublished, **dataset.languages()}
-                checkpoint.export(engine, tokenizer, run_dir, about, watch.touch)
-            due = finished or stop or progress.step % config.checkpoint_every == 0
-            if evaluated or (due and progress.step > kept):
-                watch.at("checkpoint", progress.step)
-                refuse_other_rows(loader.digest, progress.step)
-                _save(saver, dataset, loader, meter, progress, steps)
-                kept = progress.step
-                meter.restart_clock()
-            if finished or stop:
-                saver.finish()
-            if unpublished is not None and not saver.pending:
-                checkpoint.publish(engine, run_dir, unpublished)
-                unpublished = None
-            if finished or stop:
-                break
-
-            watch.at("data", progress.step + 1)
-            log_now = (progress.step + 1) % config.log_every == 0 or progress.step + 1 == steps
-            batches, mark = loader.take(), meter.mark()
-            both = len({batch.objective for batch in batches}) == 2
-            with GradientMeter(engine.module, wanted=log_now and both and config.log_gradients) as gradients:
-                with_task = _backward(engine, config, batches, meter, at_batch, gradients.begin)
-            watch.at("optimizer", progress.step + 1)
-            lr = config.optimizer.lr * lr_factor(progress.step)
-            grad_norm = _optimizer_step(engine, lr, with_task, measure=log_now)
-            progress.count(taken=sharding.step_was_taken(engine))
-            tracker.advance(progress.step)
-            if progress.skipped_in_a_row:
-                dealt = [(batch.objective, batch.dealt) for batch in batches]
-                tell_of_skipped(progress.step, meter.back_to(mark), dealt, tokenizer, run_dir)
-                limit = config.optimizer.max_skipped_steps
-                refuse_many_skipped(progress.skipped_in_a_row, limit, progress.step, run_dir)
-            if log_now:
-                refuse_other_rows(loader.digest, progress.step)
-                refuse_diverged(engine.module.lm, progress.step, run_dir)
-                values = {"train/lr": lr, "train/epoch": _epochs(loader, dataset)}
-                tracker.log(progress.step, meter.read() | values | _step_values(progress, grad_norm, gradients))
-    tracker.close()
+        while _goes_on(run):
+            _take_step(run)
+    run.tracker.close()
     if any(section and section.streaming for section in (config.task, config.alignment)):
         _say_counts(dataset)
-    if stop and (owed or unexported or not finished):
+    if run.cut_short:
         raise StoppedError(f"after step {progress.step}")
     say(_farewell(progress, run_dir, steps))
+
+
+def _goes_on(run: _Run) -> bool:
+    """Between two steps: evaluate, export and save what is due. Returns whether another step follows."""
+    progress, config = run.progress, run.config
+    run.at("decisions")
+    stop = run.asked_to_stop()
+    run.saver.poll()
+    evaluated, improved = None, False
+    if progress.evaluation_due(config, run.steps) and run.dataset.has_dev and not stop:
+        run.at("evaluation")
+        dev = run.dataset.task_dev, run.dataset.bitext_dev
+        evaluated = evaluate(run.engine, config, *dev, run.pad, run.asked_to_stop)
+        stop = evaluated is None
+        run.meter.restart_clock()
+    if evaluated:
+        run.tracker.log(progress.step, evaluated)
+        improved = progress.judge(evaluated, config.evaluation.patience)
+
+    finished = progress.step == run.steps or progress.stopped_early
+    owed = finished and run.dataset.has_dev and progress.evaluation_due(config, run.steps)
+    new = progress.step > run.kept
+    unexported = finished and progress.best is None and (new or not checkpoint.exported(run.engine, run.run_dir))
+    if improved or (unexported and not stop):
+        run.at("export")
+        run.unpublished = progress.step
+        about = {"step": progress.step, **run.dataset.languages()}
+        checkpoint.export(run.engine, run.tokenizer, run.run_dir, about, run.watch.touch)
+    due = finished or stop or progress.step % config.checkpoint_every == 0
+    if evaluated or (due and new):
+        run.at("checkpoint")
+        refuse_other_rows(run.loader.digest, progress.step)
+        save(run.saver, run.dataset, run.loader, run.meter, progress, run.steps)
+        run.kept = progress.step
+        run.meter.restart_clock()
+    if finished or stop:
+        run.saver.finish()
+    if run.unpublished is not None and not run.saver.pending:
+        checkpoint.publish(run.engine, run.run_dir, run.unpublished)
+        run.unpublished = None
+    run.cut_short = stop and (owed or unexported or not finished)
+    return not (finished or stop)
+
+
+def _take_step(run: _Run) -> None:
+    """One optimizer step: its batches, forward and backward; the update; and at log steps what there is to log."""
+    progress, config, number = run.progress, run.config, run.progress.step + 1
+    run.watch.at("data", number)
+    log_now = number % config.log_every == 0 or number == run.steps
+    batches, mark = run.loader.take(), run.meter.mark()
+    both = len({batch.objective for batch in batches}) == 2
+    with GradientMeter(run.engine.module, wanted=log_now and both and config.log_gradients) as gradients:
+        told = (lambda objective: run.watch.at(f"{objective} batch", number), gradients.begin)
+        with_task = _backward(run.engine, config, batches, run.meter, *told)
+    run.watch.at("optimizer", number)
+    lr = config.optimizer.lr * run.lr_factor(progress.step)
+    grad_norm = _optimizer_step(run.engine, lr, with_task, measure=log_now)
+    progress.count(taken=sharding.step_was_taken(run.engine))
+    run.tracker.advance(progress.step)
+    if progress.skipped_in_a_row:
+        dealt = [(batch.objective, batch.dealt) for batch in batches]
+        tell_of_skipped(progress.step, run.meter.back_to(mark), dealt, run.tokenizer, run.run_dir)
+        refuse_many_skipped(progress.skipped_in_a_row, config.optimizer.max_skipped_steps, progress.step, run.run_dir)
+    if log_now:
+        refuse_other_rows(run.loader.digest, progress.step)
+        refuse_diverged(run.engine.module.lm, progress.step, run.run_dir)
+        values = {"train/lr": lr, "train/epoch": _epochs(run.loader, run.dataset)}
+        run.tracker.log(progress.step, run.meter.read() | values | _step_values(progress, grad_norm, gradients))
 
 
 def real_steps(config: Config) -> Iterator[Meter]:
@@ -306,68 +308,6 @@ def _saves_in_background(config: Config, engine_config: dict[str, Any]) -> bool:
     if config.async_checkpoint != "auto":
         return config.async_checkpoint
     return distributed.uses_cuda() and not offloads_optimizer(engine_config)  # else host memory holds it all already
-
-
-def _save(
-    saver: checkpoint.Saver, dataset: Dataset, loader: Loader, meter: Meter, progress: Progress, steps: int
-) -> None:
-    state = {"progress": asdict(progress), "orders": loader.state()}
-    state |= {"sizes": _sizes(dataset, steps), "digests": dataset.digests}
-    own = {f"random_state.{number}": each for number, each in enumerate(random_state())}
-    own |= {f"losses.{objective}": losses for objective, losses in meter.losses().items()}
-    saver.save(progress.step, state, own, keep={progress.best_step})
-
-
-def _sizes(dataset: Dataset, steps: int) -> dict[str, int]:
-    """What must be as it was when a run goes on, or the saved places in the orders mean other rows."""
-    return {f"rows of {name}.train": count for name, count in dataset.rows.items()} | {"steps": steps}
-
-
-def _resume(engine, dataset: Dataset, meter: Meter, run_dir: Path, seed: int, steps: int) -> Progress:
-    """Go back to the latest checkpoint, or start. Raises UserError where the data is not what it was."""
-    name = checkpoint.newest_whole(run_dir)
-    if name is None:
-        _seed(seed, step=0)
-        return Progress()
-    state = checkpoint.load(engine, run_dir, name)
-    began, sizes = state["sizes"], _sizes(dataset, steps)
-    changed = [what for what in began if began[what] != sizes.get(what, 0)]
-    if changed:
-        then = ", ".join(f"{began[what]} {what}" for what in changed)
-        now = ", ".join(f"{sizes.get(what, 0)}" for what in changed)
-        raise UserError(
-            f"{run_dir} was started with {then}, now the data gives {now}: put the data back, or choose another run_dir"
-        )
-    edited = [name for name, digest in state["digests"].items() if digest != dataset.digests.get(name, digest)]
-    if edited:
-        raise UserError(
-            f"the rows of {edited[0]}.train are not those that {run_dir} was started with, though as many: put the "
-            "data back (and the tokenizer), or choose another run_dir"
-        )
-    for objective, order in dataset.orders.items():
-        order.restore(state["orders"][objective])
-    before = state["world_size"]
-    if before == distributed.world_size():
-        own = checkpoint.load_own(run_dir, name, distributed.rank())
-        set_random_state([own[key] for key in sorted(own) if key.startswith("random_state.")])
-        losses = _losses(own)
-    else:  # ranks that there were not, or are not: other dropout, and all losses since the last log step are rank 0's
-        _seed(seed, state["step"])
-        every = [_losses(checkpoint.load_own(run_dir, name, rank)) for rank in range(before)]
-        losses = {key: sum(each[key] for each in every) * distributed.is_main() for key in every[0]}
-    meter.restore(losses, engine.device)
-    saved = f"saved by {before} ranks with ZeRO-{state['zero_stage']}"
-    say(f"resumed from {run_dir / 'checkpoints' / name}, {saved}")
-    return Progress(**state["progress"])
-
-
-def _losses(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key.removeprefix("losses."): value for key, value in own.items() if key.startswith("losses.")}
-
-
-def _seed(seed: int, step: int) -> None:
-    """Dropout differs between ranks."""
-    torch.manual_seed(seed * 1_000_003 + step * 1_009 + distributed.rank())
 
 
 def _make_engine(config: Config, engine_config: dict[str, Any], layer: int):
