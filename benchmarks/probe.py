@@ -170,7 +170,7 @@ def compare_memory(flores: Path, folder: Path) -> None:
 
 def main(flores: Path) -> None:
     if not flores.is_dir():
-        console.print(f"skipped: {flores} is no directory with parallel text")
+        console.print(f"skipped: {flores} is not a directory with parallel text")
         return
     with tempfile.TemporaryDirectory(prefix="probe-benchmark-") as folder:
         compare_times(flores, Path(folder))

@@ -129,7 +129,7 @@ class Optimizer(BaseModel, extra="forbid"):
     eps: Number = Field(1e-8, gt=0)
     weight_decay: Number = Field(0.0, ge=0)  #: of matrices; vectors (norms, biases) are never decayed
     clip: Number = Field(1.0, ge=0)  #: largest global gradient norm; 0 = no clipping
-    max_skipped_steps: int = Field(10, ge=0)  #: in a row, for a loss or gradient that is no number, before the run ends
+    max_skipped_steps: int = Field(10, ge=0)  #: in a row, for a non-finite loss or gradient, before the run ends
     schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = "inverse_sqrt"  #: how lr falls after warmup
     warmup_ratio: float = Field(0.03, ge=0, le=1)  #: share of all steps
     steps: int | None = Field(None, gt=0, le=10**9)  #: or epochs: one of the two
@@ -245,7 +245,7 @@ def _load(path: Path, overrides: list[str]) -> Config:
     if not path.is_file() and path.parts[:2] == ("mlalign", "recipes"):
         path = Path(__file__).parent / "recipes" / path.name  # a shipped one, named from outside of the checkout
     if not path.is_file():
-        raise UserError(f"config {path} does not exist or is no file")
+        raise UserError(f"config {path} does not exist or is not a file")
     try:
         refuse_bomb(path)
         raw = OmegaConf.load(path)

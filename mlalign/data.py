@@ -55,7 +55,7 @@ def _rows(sources: list[Source], fields: tuple[str, ...], streaming: bool) -> It
     for source in sources:
         unknown = [ours for ours in source.columns if ours not in fields]
         if unknown:
-            raise UserError(f"columns of {source.path}: {unknown[0]!r} is none of {', '.join(fields)}")
+            raise UserError(f"columns of {source.path}: {unknown[0]!r} is not one of {', '.join(fields)}")
         empty = True
         for where, row in read_rows(source, streaming):
             empty = False

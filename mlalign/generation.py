@@ -47,7 +47,7 @@ class Decoding:
 def open_backend(decoding: Decoding, tokenizer: PreTrainedTokenizerBase) -> Generate:
     """Load the model. The function that is returned must be called by all ranks, and answers on all."""
     if decoding.backend not in _BACKENDS:
-        raise UserError(f"backend {decoding.backend} is none of {', '.join(_BACKENDS)}")
+        raise UserError(f"backend {decoding.backend} is not one of {', '.join(_BACKENDS)}")
     return _BACKENDS[decoding.backend](decoding, tokenizer)
 
 

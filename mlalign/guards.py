@@ -1,4 +1,4 @@
-"""What spoils a run: gradients that are no number, ranks whose weights are not the others', memory that is used up."""
+"""Checks that end a run: non-finite gradients, ranks whose weights diverge, memory that is used up."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from mlalign.tracker import say
 def tell_of_skipped(
     step: int, losses: dict[str, list[float]], dealt: list[tuple[str, list]], tokenizer, run_dir: Path
 ) -> None:
-    """Say that a step was left out, and whose loss was at fault; write its rows to skipped/. Called by all ranks.
+    """Say that a step was skipped, and whose loss was at fault; write its rows to skipped/. Called by all ranks.
 
     Args: losses: objective -> this rank's shares of its batches' losses; dealt: of each batch its objective, and
     micro-batches -> ranks -> rows.
@@ -30,13 +30,13 @@ def tell_of_skipped(
     by_rank = gather_objects(bad)
     guilty = [(name, [rank for rank, names in enumerate(by_rank) if name in names]) for name in losses]
     named = [f"the {name} loss of rank {_listed(ranks)}" for name, ranks in guilty if ranks]
-    reason = f"{' and '.join(named)} is no number" if named else "the gradient is no number, though all losses are"
+    reason = f"{' and '.join(named)} is not finite" if named else "the gradient is not finite, though all losses are"
     path = run_dir / "skipped" / f"step-{step:06d}.jsonl"
     with on_main():
         if is_main():
             path.parent.mkdir(exist_ok=True)
             write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(dealt, tokenizer)))
-    say(f"WARNING: step {step} is left out, as {reason}; its rows are in {path}", "bold red")
+    say(f"WARNING: step {step} is skipped: {reason}; its rows are in {path}", "bold red")
 
 
 def _listed(ranks: list[int]) -> str:
@@ -60,10 +60,10 @@ def _as_text(row: TaskExample | Pair, tokenizer) -> dict[str, str]:
 
 
 def refuse_many_skipped(in_a_row: int, most: int, step: int, run_dir: Path) -> None:
-    """Raise UserError where more steps in a row were left out than are allowed; the arguments are all ranks' alike."""
+    """Raise UserError where more steps in a row were skipped than are allowed; the arguments are all ranks' alike."""
     if in_a_row > most:
         raise UserError(
-            f"the last {in_a_row} steps up to {step} gave a loss or gradient that is no number: try a lower "
+            f"the last {in_a_row} steps up to {step} gave a non-finite loss or gradient: try a lower "
             f"optimizer.lr or a longer warmup, and look at {run_dir / 'skipped'}; {run_dir / 'checkpoints'} holds what "
             "was saved before"
         )

@@ -62,7 +62,7 @@ def load_model_config(settings: Model):
 def _refuse_missing(path: str) -> None:
     """What looks like a path would be taken for a hub id by transformers, and its sentence would be about that."""
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
-        raise UserError(f"model.path {path} is no directory: name a model's directory, or a hub id")
+        raise UserError(f"model.path {path} is not a directory: name a model's directory, or a hub id")
 
 
 def precision_dtype(precision: str) -> torch.dtype:

@@ -191,7 +191,7 @@ def _aligned(corpora: dict[str, list[Sentence]]) -> dict[str, list[Sentence]]:
         if len(by_id[language]) < len(entries):
             repeated = _first_repeated([one.id for one in entries])
             second = [one.where for one in entries if one.id == repeated][1]
-            raise UserError(f"{second}: id {repeated!r} stands here a second time")
+            raise UserError(f"{second}: id {repeated!r} appears a second time")
         for this, other in ((first, language), (language, first)):
             lacking = next((one for own_id, one in by_id[this].items() if own_id not in by_id[other]), None)
             if lacking is not None:

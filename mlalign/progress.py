@@ -25,7 +25,7 @@ class Progress:
     evaluations_since_best: int = 0
     evaluated_step: int = 0  #: a run stopped by a signal where an evaluation is due begins again with it
     stopped_early: bool = False
-    skipped: int = 0  #: steps that were left out
+    skipped: int = 0  #: steps, for a gradient that was not finite
     skipped_in_a_row: int = 0  #: of them, the last ones
 
     def evaluation_due(self, config: Config, steps: int) -> bool:

@@ -61,7 +61,7 @@ def local_files(source: Source) -> list[str]:
         raise UserError(f"{source.path} matches no file")
     for path in paths:
         if not os.path.isfile(path):
-            raise UserError(f"{path} does not exist or is no file")
+            raise UserError(f"{path} does not exist or is not a file")
     return paths
 
 

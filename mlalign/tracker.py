@@ -61,7 +61,7 @@ class Meter:
         return {name: len(losses) for name, losses in self._losses.items()}
 
     def back_to(self, mark: dict[str, int]) -> dict[str, list[float]]:
-        """Forget the losses taken in since `mark()`, of a step that was left out, and return them."""
+        """Forget the losses taken in since `mark()`, of a step that was skipped, and return them."""
         forgotten = {name: losses[mark.get(name, 0) :] for name, losses in self._losses.items()}
         kept = {name: losses[: mark.get(name, 0)] for name, losses in self._losses.items()}
         self._losses = {name: losses for name, losses in kept.items() if losses}

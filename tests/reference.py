@@ -26,9 +26,10 @@ def task_loss(lm, examples) -> torch.Tensor:
     return total / count
 
 
-def embed(lm, ids: list[int], layer: int) -> torch.Tensor:
+def embed(lm, ids: list[int], layer: int, pooling: str = "mean") -> torch.Tensor:
     states = lm(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0].double()
-    return states.mean(0) / states.mean(0).norm()
+    pooled = {"mean": states.mean(0), "last": states[-1]}[pooling]
+    return pooled / pooled.norm()
 
 
 def same(a, b) -> bool:
@@ -48,9 +49,11 @@ def info_nce(rows, columns, positives, temperature: float) -> torch.Tensor:
     return total / len(rows)
 
 
-def alignment_loss(lm, pairs, layer: int, temperature: float, by_id: bool = True, symmetric: bool = True):
-    src = [embed(lm, pair.src, layer) for pair in pairs]
-    tgt = [embed(lm, pair.tgt, layer) for pair in pairs]
+def alignment_loss(
+    lm, pairs, layer: int, temperature: float, by_id: bool = True, symmetric: bool = True, pooling: str = "mean"
+):
+    src = [embed(lm, pair.src, layer, pooling) for pair in pairs]
+    tgt = [embed(lm, pair.tgt, layer, pooling) for pair in pairs]
     n = len(pairs)
     positives = [{j for j in range(n) if i == j or (by_id and same(pairs[i], pairs[j]))} for i in range(n)]
     loss = info_nce(src, tgt, positives, temperature)
@@ -63,37 +66,73 @@ def load(config: Config):
     if config.lora is None:
         return lm
     torch.manual_seed(config.seed)
-    r, alpha = config.lora.r, config.lora.alpha
-    return get_peft_model(lm, LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
+    r, alpha, modules = config.lora.r, config.lora.alpha, config.lora.target_modules
+    return get_peft_model(lm, LoraConfig(r=r, lora_alpha=alpha, target_modules=modules, task_type="CAUSAL_LM"))
 
 
-def train(config: Config, layer: int, left_out: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
-    """Joint or alternating steps, constant learning rate. Returns every trainable parameter by name.
+def adamw(parameters, config: Config) -> torch.optim.Optimizer:
+    """Matrices are decayed, vectors (norms, biases) never."""
+    matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": config.optimizer.weight_decay}]
+    groups += [{"params": vectors, "weight_decay": 0.0}] if vectors else []
+    return torch.optim.AdamW(groups, lr=config.optimizer.lr, betas=config.optimizer.betas, eps=config.optimizer.eps)
 
-    left_out: steps, from 0, of which the batches are drawn and nothing else happens.
+
+def lr_at(config: Config, step: int) -> float:
+    """The learning rate of a step, from 0: up from 0 along a line, then down along a curve."""
+    settings = config.optimizer
+    warmup = round(settings.warmup_ratio * settings.steps)
+    if step < warmup:
+        return settings.lr * step / warmup
+    if settings.schedule == "inverse_sqrt":  # continues a warmup, or one of 10,000 steps where there was none
+        return settings.lr * math.sqrt(warmup / step if warmup else 10_000 / (10_000 + step))
+    share = (step - warmup) / (settings.steps - warmup)
+    return (
+        settings.lr
+        * {"constant": 1, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}[settings.schedule]
+    )
+
+
+def train(
+    config: Config, layer: int | None = None, left_out: tuple[int, ...] = (), log: list[dict] | None = None
+) -> dict[str, torch.Tensor]:
+    """Joint or alternating steps. Returns every trainable parameter by name.
+
+    layer: that of the config where it is not given. left_out: steps, from 0, of which the batches are drawn and nothing
+    else happens. log: takes in, for each step, what metrics.jsonl should hold of it.
     """
     lm = load(config)
     names = [name for name, p in lm.named_parameters() if p.requires_grad]
     dataset = load_dataset(config, load_tokenizer(config.model))
     parameters = [p for p in lm.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.lr, eps=config.optimizer.eps, weight_decay=0.0)
+    optimizer = adamw(parameters, config)
+    settings = config.alignment
+    layer = layer or settings.layer
     task, align = config.interleave.parts
     cycle = ["task"] * task + ["align"] * align
     for step in range(config.optimizer.steps):
         now = cycle if config.interleave.mode == "joint" else [cycle[step % len(cycle)]]
-        loss = 0.0
+        loss, values, contrasts = 0.0, {"train/lr": lr_at(config, step)}, []
         if "task" in now:
-            loss = loss + task_loss(lm, dataset.orders["task"].take(now.count("task") * config.task.batch_size))
+            loss = task_loss(lm, dataset.orders["task"].take(now.count("task") * config.task.batch_size))
+            values["train/task_loss"] = float(loss.detach())
         for _ in range(now.count("align")):
-            pairs = dataset.orders["alignment"].take(config.alignment.batch_size)
-            contrast = alignment_loss(lm, pairs, layer, config.alignment.temperature)
-            loss = loss + config.alignment.weight * contrast / now.count("align")
+            pairs = dataset.orders["alignment"].take(settings.batch_size)
+            ways = settings.positives == "id", settings.infonce == "symmetric", settings.pooling
+            contrasts.append(alignment_loss(lm, pairs, layer, settings.temperature, *ways))
+        if contrasts:
+            loss = loss + settings.weight * sum(contrasts) / len(contrasts)
+            values["train/alignment_loss"] = float(sum(contrasts).detach() / len(contrasts))
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)  # DeepSpeed's optimizers see zeros, where torch has None
         loss.backward()
         if step in left_out:
             continue
-        torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip or math.inf)
+        if log is not None:
+            log.append(values | {"train/grad_norm": float(norm)})
+        for group in optimizer.param_groups:
+            group["lr"] = values["train/lr"]
         resting = [p.detach().clone() for p in parameters] if "task" not in now else []
         optimizer.step()
         for name, parameter, before in zip(names, parameters, resting):
@@ -117,7 +156,7 @@ def authors_train(config: Config, layer: int) -> dict[str, torch.Tensor]:
     lm = load(config)
     dataset = load_dataset(config, load_tokenizer(config.model))
     parameters = [p for p in lm.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.lr, eps=config.optimizer.eps, weight_decay=0.0)
+    optimizer = adamw(parameters, config)
     on_task = True
     for _ in range(config.optimizer.steps):
         optimizer.zero_grad()

@@ -214,7 +214,7 @@ BAD_BITEXT = {
     ),
     "an id twice": (
         {"en.jsonl": '{"id":1,"text":"a"}\n{"id":1,"text":"b"}', "de.jsonl": '{"id":1,"text":"a"}'},
-        r"en\.jsonl:2: id '1' stands here a second time",
+        r"en\.jsonl:2: id '1' appears a second time",
     ),
     "ids in one file": (
         {"en.jsonl": '{"id":1,"text":"a"}', "de.jsonl": '{"text":"a"}'},

@@ -137,7 +137,7 @@ def test_what_cannot_be_compared_is_one_sentence(settings, tmp_path):
         against(changed)
     with pytest.raises(UserError, match=r"is an evaluation of items, but .*other of translation"):
         against(evaluation(tmp_path / "other", {"en": 1, "sw": 1, "th": 1}, [], task="translation"))
-    with pytest.raises(UserError, match=r"metric bleu is none of f1, exact_match"):
+    with pytest.raises(UserError, match=r"metric bleu is not one of f1, exact_match"):
         against(second, metric="bleu")
     uneven = [evaluation(tmp_path / name, {"en-de": 1, "en-ti": 1}, [], task="translation") for name in ("x", "y")]
     for folder in uneven:  # py3langid does not know Tigrinya
@@ -146,7 +146,7 @@ def test_what_cannot_be_compared_is_one_sentence(settings, tmp_path):
             write_predictions(folder, language, Predictions([1], ["b"], [gold]))
         how = json.loads((folder / "evaluation.json").read_text()) | {"rows": {"en-de": 1, "en-ti": 1}}
         (folder / "evaluation.json").write_text(json.dumps(how))
-    with pytest.raises(UserError, match=r"metric off_target is not there in en-ti: choose one of chrf\+\+, bleu"):
+    with pytest.raises(UserError, match=r"metric off_target is missing in en-ti: choose one of chrf\+\+, bleu"):
         compare(replace(settings, evaluations=tuple(uneven), metric="off_target"))
     with pytest.raises(UserError, match=r"names are 1, but there are 2 evaluations"):
         against(second, names=["a"])

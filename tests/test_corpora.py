@@ -165,7 +165,7 @@ def test_evaluation_rows_that_would_be_read_twice_are_refused(tmp_path):
 def test_no_massive_is_one_sentence(tmp_path):
     (tmp_path / "data").mkdir()
     refused(massive, tmp_path, r"holds no <locale>\.jsonl .* \(it has the directories data\)")
-    refused(massive, tmp_path / "nothing", r"nothing is no directory and no \.tar\.gz")
+    refused(massive, tmp_path / "nothing", r"nothing is not a directory and no \.tar\.gz")
     refused(massive, "no-such-dataset", r"no-such-dataset is neither a local file or directory nor a readable hub")
     refused(massive, tmp_path / "none.tar.gz", r"none\.tar\.gz does not exist")
     with tarfile.open(tmp_path / "other.tar.gz", "w:gz") as archive:
@@ -249,11 +249,11 @@ def test_translation_of_alma_and_of_the_pack(tmp_path, hub):
 
 def test_bad_translation_is_one_sentence(tmp_path):
     refused(translation, tmp_path, r"holds no files such as train\.cs-en\.jsonl")
-    refused(translation, tmp_path / "x", r"x is no directory")
+    refused(translation, tmp_path / "x", r"x is not a directory")
     row = {"src": "a", "tgt": "b", "src_lang": "cs", "tgt_lang": "en"}
     write_jsonl(tmp_path / "train.cs-en.jsonl", [row, row | {"src_lang": "de"}])
     refused(translation, tmp_path, r"cs-en\.jsonl:2: the languages are de and en, but the name says cs-en")
-    refused(translation, tmp_path, r"directions up is none of both, from-english, to-english", directions="up")
+    refused(translation, tmp_path, r"directions up is not one of both, from-english, to-english", directions="up")
     refused(translation, tmp_path, r"has no language de, but cs, en", languages=["de", "en"])
     refused(translation, tmp_path, r"has no pair of the languages cs: name both sides of a pair", languages=["cs"])
     write_jsonl(tmp_path / "train.cs-en.jsonl", [row, {"src": "a"}])

@@ -359,7 +359,7 @@ def test_bad_files_are_one_sentence(tmp_path, tokenizer):
         load("rows.jsonl", columns={"completion": "text"})
     with pytest.raises(UserError, match=r"is local: `subset` and `split` are for hub datasets"):
         load("rows.jsonl", split="validation")
-    with pytest.raises(UserError, match=r"'target' is none of messages, prompt"):
+    with pytest.raises(UserError, match=r"'target' is not one of messages, prompt"):
         load("rows.jsonl", columns={"target": "completion"})
 
 

@@ -130,8 +130,8 @@ def test_other_versions_files_and_notes_on_another_rank_are_said(tmp_path, recip
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"task": {"train": "nowhere.jsonl"}}, "data: nowhere.jsonl does not exist or is no file: check the path"),
-        ({"model": {"path": "/no/model"}}, "model.path /no/model is no directory: name a model's directory"),
+        ({"task": {"train": "nowhere.jsonl"}}, "data: nowhere.jsonl does not exist or is not a file: check the path"),
+        ({"model": {"path": "/no/model"}}, "model.path /no/model is not a directory: name a model's directory"),
         ({"alignment": {"layer": 9}}, "alignment.layer is 9, but the model has layers 1 to 4"),
         ({"task": {"max_length": 4000}}, "task.max_length is 4000, but the model has 256 positions"),
         ({"run_dir": "/proc/run"}, "disk: /proc cannot be written"),

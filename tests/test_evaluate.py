@@ -355,7 +355,7 @@ def test_answers_of_another_system_are_scored(tmp_path):
     write_jsonl(folder / "predictions/de.jsonl", [{"prediction": "a; b", "gold": {"text": "a"}}])
     with pytest.raises(UserError, match=r"de.jsonl: a 'gold' is not of task items: 'answer'"):
         evaluate(Settings(output=folder, task="items", score_only=True))
-    with pytest.raises(UserError, match=r"max_rows has no use with --score-only"):
+    with pytest.raises(UserError, match=r"max_rows is not used with --score-only"):
         evaluate(Settings(output=folder, task="items", score_only=True, max_rows=3))
 
 
@@ -421,7 +421,7 @@ def test_bad_test_rows_are_one_sentence(settings, tmp_path):
         run(good, task="slot_filling")
     with pytest.raises(UserError, match=r"bad.jsonl:2: the prompt has \d+ tokens, and with max_new_tokens 6 .* 256"):
         run(good | {"prompt": "so long " * 200})
-    with pytest.raises(UserError, match=r"task poetry is none of slot_filling"):
+    with pytest.raises(UserError, match=r"task poetry is not one of slot_filling"):
         run(good, task="poetry")
     with pytest.raises(UserError, match=r"evaluate needs a MODEL and --test files"):
         evaluate(replace(settings, model=None))

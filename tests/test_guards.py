@@ -1,4 +1,4 @@
-"""A rank whose weights are not the others' ends the run; a step whose gradient is no number changes nothing."""
+"""A rank whose weights are not the others' ends the run; a step whose gradient is not finite changes nothing."""
 
 import json
 from collections.abc import Callable
@@ -139,7 +139,7 @@ def test_too_many_in_a_row_end_the_run_on_all_ranks(ranks, settings):
     settings |= {"deepspeed": "ds_configs/zero2.json", "checkpoint_every": 1}
     settings["optimizer"] |= {"steps": 9, "max_skipped_steps": 2}
     for sentence in ranks(2).run(train_with_faults, settings, no_loss, (1, 3, 4, 5, 6)):
-        assert sentence.startswith("the last 3 steps up to 6 gave a loss or gradient that is no number: try a lower")
+        assert sentence.startswith("the last 3 steps up to 6 gave a non-finite loss or gradient: try a lower")
     state = json.loads((Path(settings["run_dir"]) / "checkpoints" / "step-000005" / "state.json").read_text())
     assert (state["progress"]["skipped"], state["progress"]["skipped_in_a_row"], state["adam_steps"]) == (3, 2, 2)
 
@@ -156,8 +156,9 @@ def told(losses: list[dict], run_dir: str) -> list[str]:
 def test_whose_loss_it_was_is_said(ranks, tmp_path):
     nan, good = float("nan"), {"task": [0.5], "alignment": [1.0, 2.0]}
     some = [good, {"task": [nan], "alignment": [1.0, 2.0]}, {"task": [nan], "alignment": [2.0, nan]}, good]
-    start = "WARNING: step 7 is left out, as "
+    start = "WARNING: step 7 is skipped: "
     ((text,), *_) = ranks(4).run(told, some, str(tmp_path))
-    assert text.startswith(start + "the task loss of rank 1, 2 and the alignment loss of rank 2 is no number; its rows")
+    both = "the task loss of rank 1, 2 and the alignment loss of rank 2 is not finite; its rows"
+    assert text.startswith(start + both)
     ((text,), *_) = ranks(4).run(told, [good] * 4, str(tmp_path))
-    assert text.startswith(start + "the gradient is no number, though all losses are; its rows")
+    assert text.startswith(start + "the gradient is not finite, though all losses are; its rows")

@@ -650,7 +650,7 @@ def test_layers_of_two_lists_of_blocks_are_refused(pair, tmp_path):
         ({"dev": ("x",)}, "dev belongs to --weight auto, and the weight is 0.5"),
         ({"task": "slot_filling"}, "task belongs to --weight auto"),
         ({"max_rows": 3}, "max_rows belongs to --weight auto"),
-        ({"method": "svd"}, "method svd is none of linear, ties, dare_linear, dare_ties"),
+        ({"method": "svd"}, "method svd is not one of linear, ties, dare_linear, dare_ties"),
         ({"density": 0.5}, "density belongs to ties, dare_linear, dare_ties, and the method is linear"),
         ({"method": "ties", "density": 0.0}, "density is 0.0, it must be above 0 and at most 1"),
         ({"method": "ties", "density": 1.1}, "density is 1.1"),

@@ -173,7 +173,7 @@ BAD = {
     ),
     "an id twice": (
         {"en.jsonl": texts(ENGLISH, list("abcdef")), "de.jsonl": texts(GERMAN, list("abcdea"))},
-        r"de\.jsonl:6: id 'a' stands here a second time",
+        r"de\.jsonl:6: id 'a' appears a second time",
     ),
     "ids in one file only": (
         {"en.jsonl": texts(ENGLISH, list("abcdef")), "de.jsonl": texts(GERMAN)},

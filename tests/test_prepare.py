@@ -330,7 +330,7 @@ def test_a_full_disk_leaves_no_file(tmp_path, limit):
 
 BAD = {
     "a dataset": (("flores",), {}, r"dataset flores is not known: prepare reads massive, translation, uner, bitext"),
-    "a format": (("massive",), {"form": "xml"}, r"format xml is none of chat, plain"),
+    "a format": (("massive",), {"form": "xml"}, r"format xml is not one of chat, plain"),
     "a format of bitext": (("bitext",), {"form": "chat"}, r"format is an option of massive, translation, uner, not of"),
     "dev of a task": (("uner",), {"dev": 5}, r"dev is an option of bitext, not of uner"),
     "directions": (("massive",), {"directions": "both"}, r"directions is an option of translation, not of massive"),
@@ -359,7 +359,7 @@ def test_bad_places_are_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"output \S+file cannot be written: (File exists|Not a directory)"):
         run("massive", source, tmp_path / "file")
-    with pytest.raises(UserError, match=r"gone is no directory"):
+    with pytest.raises(UserError, match=r"gone is not a directory"):
         run("uner", tmp_path / "gone", tmp_path / "out")
 
 
@@ -413,7 +413,7 @@ def test_a_run_killed_while_it_gives_names_can_be_repeated(tmp_path):
     assert subprocess.run([sys.executable, "-c", killed], capture_output=True).returncode == -9
     assert "prepare.json" not in names(tmp_path / "out")
     source.rename(tmp_path / "away")
-    with pytest.raises(UserError, match="is no directory"):  # the next one fails too, before it has anything
+    with pytest.raises(UserError, match="is not a directory"):  # the next one fails too, before it has anything
         run("massive", source, tmp_path / "out")
     (tmp_path / "away").rename(source)
     run("massive", source, tmp_path / "out")

@@ -292,7 +292,7 @@ def test_a_task_of_an_array_is_chained_by_itself_and_not_for_ever(cluster, recip
 @pytest.mark.parametrize(
     ("doctor", "sentence"),
     [
-        ("yes", "training cannot start: data: nowhere.jsonl does not exist or is no file: check the path"),
+        ("yes", "training cannot start: data: nowhere.jsonl does not exist or is not a file: check the path"),
         ("no", "nowhere.jsonl does not exist"),
     ],
 )

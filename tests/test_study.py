@@ -254,7 +254,7 @@ def test_a_study_of_a_corpus_that_the_base_model_has_not_read_is_refused(run_stu
 
 @pytest.mark.parametrize("options", [["nothing"], ["--seeds", "0"]])
 def test_mistakes_are_one_sentence(run_study, options):
-    with pytest.raises(SystemExit, match=r"study: error: (study nothing is none of|--seeds and --jobs must be)"):
+    with pytest.raises(SystemExit, match=r"study: error: (study nothing is not one of|--seeds and --jobs must be)"):
         run_study(*options)
 
 

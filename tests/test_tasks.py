@@ -265,7 +265,7 @@ def test_tasks_have_one_interface():
         for function in ("gold", "statistics", "metrics", "describe"):
             assert callable(getattr(task, function)), (name, function)
         assert isinstance(task.MAIN, str)
-    with pytest.raises(UserError, match="task poetry is none of slot_filling, translation"):
+    with pytest.raises(UserError, match="task poetry is not one of slot_filling, translation"):
         load_task("poetry")
 
 

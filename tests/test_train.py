@@ -295,7 +295,7 @@ def failure(values: dict, *overrides: str) -> str:
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["task.train=absent.jsonl"], "absent.jsonl does not exist or is no file"),
+        (["task.train=absent.jsonl"], "absent.jsonl does not exist or is not a file"),
         (["alignment.layer=5"], "alignment.layer is 5, but the model has layers 1 to 4"),
         (["model.path={empty}"], "no tokenizer could be loaded"),
         (["task.max_length=300"], "task.max_length is 300, but the model has 256 positions"),

@@ -58,7 +58,7 @@ def main() -> None:
     try:
         unknown = [name for name in options.studies if name not in STUDIES]
         if unknown:
-            raise UserError(f"study {unknown[0]} is none of {', '.join(STUDIES)}")
+            raise UserError(f"study {unknown[0]} is not one of {', '.join(STUDIES)}")
         if options.seeds < 1 or options.jobs < 1:
             raise UserError("--seeds and --jobs must be at least 1")
         studies = [STUDIES[name] for name in options.studies or ["main"]]

@@ -129,8 +129,8 @@ def _refuse_unknown(metric: str, systems: list[dict[str, Scores]]) -> None:
     if lacking:
         known = [name for name in everywhere[0] if all(name in point for point in everywhere)]
         if any(metric in point for point in everywhere):
-            raise UserError(f"metric {metric} is not there in {', '.join(lacking)}: choose one of {', '.join(known)}")
-        raise UserError(f"metric {metric} is none of {', '.join(known)}")
+            raise UserError(f"metric {metric} is missing in {', '.join(lacking)}: choose one of {', '.join(known)}")
+        raise UserError(f"metric {metric} is not one of {', '.join(known)}")
 
 
 def _refuse_other_rows(first: Path, folder: Path, language: str, wanted: Predictions, found: Predictions) -> None:

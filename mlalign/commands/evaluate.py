@@ -91,7 +91,7 @@ def evaluate(settings: Settings) -> list[dict]:
     if settings.score_only:
         unused = [name for name in ("model", "test", "adapters", "max_rows") if getattr(settings, name)]
         if unused:
-            raise UserError(f"{unused[0]} has no use with --score-only, which scores what {settings.output} holds")
+            raise UserError(f"{unused[0]} is not used with --score-only, which scores what {settings.output} holds")
         reports = []
         for folder in _scored(settings.output):
             with held(folder, "output"):
@@ -180,8 +180,8 @@ def _language(row: dict, where: str, directions: bool) -> str:
     wrong = [side for side in sides(language, directions) if not tag_is_valid(side)]
     if wrong:
         raise UserError(
-            f"{where}: lang is {language!r}, and {wrong[0]!r} is no language: use ISO 639 codes, as in de, deu_Latn, "
-            "or a direction such as en-de"
+            f"{where}: lang is {language!r}, and {wrong[0]!r} is not a language: use ISO 639 codes, such as de or "
+            "deu_Latn, or a direction such as en-de"
         )
     return language
 
@@ -267,7 +267,7 @@ def _contents(adapter: str | None) -> list[str]:
     try:
         files = [adapter_file(adapter, name) for name in ("adapter_config.json", "adapter_model.safetensors")]
     except Exception as error:  # the hub raises many kinds
-        raise UserError(f"adapter {adapter} cannot be had: {one_line(error)}") from error
+        raise UserError(f"adapter {adapter} cannot be fetched: {one_line(error)}") from error
     return [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest() for file in files if file]
 
 

@@ -104,7 +104,7 @@ def _recipe(settings: Settings) -> Recipe:
     """The options as a recipe; its weight is 0 for auto. Raises UserError for one that is wrong or has no use."""
     auto = settings.weight == "auto"
     if settings.method not in merging.METHODS:
-        raise UserError(f"method {settings.method} is none of {', '.join(merging.METHODS)}")
+        raise UserError(f"method {settings.method} is not one of {', '.join(merging.METHODS)}")
     weight = 0.0 if auto else _share(settings.weight, "weight", "a number from 0 to 1, or auto")
     for name in _OF_AUTO:
         if getattr(settings, name) not in (None, ()) and not auto:

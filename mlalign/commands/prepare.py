@@ -103,7 +103,7 @@ def _check(settings: Settings) -> None:
             name = {"form": "format"}.get(option, option)
             raise UserError(f"{name} is an option of {', '.join(datasets)}, not of {settings.dataset}")
     if settings.form not in (None, *FORMS):
-        raise UserError(f"format {settings.form} is none of {', '.join(FORMS)}")
+        raise UserError(f"format {settings.form} is not one of {', '.join(FORMS)}")
     languages = settings.languages or []
     repeated = next((code for number, code in enumerate(languages) if code in languages[:number]), None)
     if repeated is not None:

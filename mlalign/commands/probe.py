@@ -139,7 +139,7 @@ def _encoders(settings: Settings) -> dict[str, Encoder]:
     depth = _depth(settings, settings.model)
     unknown = [name for name in settings.pooling if name not in POOLERS]
     if unknown:
-        raise UserError(f"pooling {unknown[0]} is none of {', '.join(POOLERS)}")
+        raise UserError(f"pooling {unknown[0]} is not one of {', '.join(POOLERS)}")
     if len(set(settings.pooling)) < len(settings.pooling):
         raise UserError(f"pooling {','.join(settings.pooling)} names one twice")
     layers = tuple(_layers(settings.layers, depth))
@@ -151,7 +151,7 @@ def _encoders(settings: Settings) -> dict[str, Encoder]:
         "trust_remote_code": settings.trust_remote_code,
     }
     if settings.adapter is not None and not Path(settings.adapter).is_dir():
-        raise UserError(f"adapter {settings.adapter} is no directory")
+        raise UserError(f"adapter {settings.adapter} is not a directory")
     adapter = adapter_folder(settings.adapter) if settings.adapter is not None else None
     first = Encoder(settings.model, adapter, **how)
     if settings.compare is None:
@@ -189,7 +189,7 @@ def _weights(path: str, base: str) -> tuple[str, str | None]:
     """What `--compare` names: an adapter of the model, another model, or a run of `mlalign train`."""
     if not Path(path).is_dir():
         if path.startswith(("/", ".")):
-            raise UserError(f"compare {path} is no directory")
+            raise UserError(f"compare {path} is not a directory")
         return path, None
     for folder in (Path(path), Path(path) / "adapter", Path(path) / "model"):
         if (folder / "adapter_config.json").exists():
@@ -268,10 +268,10 @@ def _measure(
     own = {}
     for first in range(0, len(work), distributed.world_size()):
         check()
-        own = first + distributed.rank()
-        if own >= len(work):  # the last round has fewer layers than ranks
+        index = first + distributed.rank()
+        if index >= len(work):  # the last round has fewer layers than ranks
             continue
-        name, pooling, number, layer = work[own]
+        name, pooling, number, layer = work[index]
 
         def load(language: str, paths=files[name], number=number, layer=layer):
             return load_layer(paths[language], number, layer)

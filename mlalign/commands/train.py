@@ -299,7 +299,7 @@ def _epochs(loader: Loader, dataset: Dataset) -> float:
 
 
 def _step_values(progress: Progress, grad_norm: float, gradients: GradientMeter) -> dict[str, float]:
-    """What there is to log of the last step: nothing of its gradients if it was left out. Called by all ranks."""
+    """What there is to log of the last step: nothing of its gradients if it was skipped. Called by all ranks."""
     values = {} if progress.skipped_in_a_row else {"train/grad_norm": grad_norm} | gradients.read()
     return values | ({"train/skipped_steps": progress.skipped} if progress.skipped else {})
 

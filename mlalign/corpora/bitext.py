@@ -354,7 +354,7 @@ def _held(path: Path) -> dict[str, str]:
     held: dict[str, str] = {}
     for where, own_id, text in sentences(path):
         if own_id is None or own_id in held:
-            raise UserError(f"{where}: {'no id' if own_id is None else f'id {own_id!r} stands here a second time'}")
+            raise UserError(f"{where}: {'no id' if own_id is None else f'id {own_id!r} appears a second time'}")
         held[own_id] = text
     return held
 

@@ -39,7 +39,7 @@ def refuse_unknown(languages: Collection[str] | None, there: Iterable[str], sour
 
 
 def check_language(code: str, where: str) -> str:
-    """The code itself. Raises UserError for what is no language code."""
+    """The code itself. Raises UserError for what is not a language code."""
     if not tag_is_valid(code):
         raise UserError(f"{where}: {code!r} is not the code of a language")
     return code
@@ -96,7 +96,7 @@ def undamaged(name: object) -> Iterator[None]:
 def open_plain(path: Path) -> IO[bytes]:
     """A file as bytes, unpacked on the way if its name ends in .gz. Raises UserError where it does not exist."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist or is no file")
+        raise UserError(f"{path} does not exist or is not a file")
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 

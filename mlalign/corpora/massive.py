@@ -112,7 +112,7 @@ _Rows = Iterator[tuple[str, str | None, str, Row]]
 def _read_directory(source: str, splits: Collection[str], languages: Collection[str] | None) -> _Rows:
     folder = Path(source)
     if not folder.is_dir():
-        raise UserError(f"{source} is no directory and no .tar.gz: give the published archive or what is in it")
+        raise UserError(f"{source} is not a directory and no .tar.gz: give the published archive or what is in it")
     files = {path: match for path in sorted(folder.iterdir()) if (match := _FILE.fullmatch(path.name))}
     if not files:
         inside = sorted(path.name for path in folder.iterdir() if path.is_dir())
@@ -138,7 +138,7 @@ def _read_directory(source: str, splits: Collection[str], languages: Collection[
 def _read_archive(source: str, languages: Collection[str] | None) -> _Rows:
     """Member after member as they stand, in one pass and without unpacking."""
     if not Path(source).is_file():
-        raise UserError(f"{source} does not exist or is no file")
+        raise UserError(f"{source} does not exist or is not a file")
     there = set()
     with undamaged(source), tarfile.open(source, "r|gz") as archive:
         for member in archive:

@@ -60,7 +60,7 @@ def read(
     Raises UserError where there is no such direction or file, or a row is not in the languages of its file.
     """
     if directions not in DIRECTIONS:
-        raise UserError(f"directions {directions} is none of {', '.join(DIRECTIONS)}")
+        raise UserError(f"directions {directions} is not one of {', '.join(DIRECTIONS)}")
     on_hub = not is_local(source)
     tables = _hub_tables(source) if on_hub else _files(source)
     refuse_unknown(languages, (code for table in tables for code in table.pair), source)
@@ -127,7 +127,7 @@ def _directions(split: str, pair: tuple[str, str], reverse: bool, directions: st
 def _files(source: str) -> list[_Table]:
     folder = Path(source)
     if not folder.is_dir():
-        raise UserError(f"{source} is no directory: give one with files such as train.cs-en.jsonl")
+        raise UserError(f"{source} is not a directory: give one with files such as train.cs-en.jsonl")
     inside = sorted(path for path in folder.iterdir() if path.is_dir())
     tables = []
     for path in [*sorted(folder.iterdir()), *(path for each in inside for path in sorted(each.iterdir()))]:

@@ -46,7 +46,9 @@ def read(
         yield from _read_hub(source, splits, languages, form, notes)
         return
     if not Path(source).is_dir():
-        raise UserError(f"{source} is no directory: give one with files such as en_ewt-ud-train.iob2 or en.train.jsonl")
+        raise UserError(
+            f"{source} is not a directory: give one with files such as en_ewt-ud-train.iob2, en.train.jsonl"
+        )
     files: list[tuple[str, str, str, Path]] = []
     for path in sorted(Path(source).rglob("*.iob2")):
         match = _PUBLISHED.fullmatch(path.name)

@@ -22,5 +22,5 @@ NAMES = ("slot_filling", "translation", "json_extraction", "items")
 def load_task(name: str) -> ModuleType:
     """The module of a task; only that one is imported. Raises UserError for an unknown name."""
     if name not in NAMES:
-        raise UserError(f"task {name} is none of {', '.join(NAMES)}")
+        raise UserError(f"task {name} is not one of {', '.join(NAMES)}")
     return import_module(f"mlalign.tasks.{name}")

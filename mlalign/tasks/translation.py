@@ -24,7 +24,7 @@ _VARIETIES = ({"no", "nb", "nn"}, {"zh", "wuu", "yue"}, {"ar", "arz", "ary"})
 
 
 def language_name(code: str) -> str:
-    """`cs` -> `Czech`, `zho_Hans` -> `Chinese (Simplified)`. Raises ValueError for what is no language code."""
+    """`cs` -> `Czech`, `zho_Hans` -> `Chinese (Simplified)`. Raises ValueError for what is not a language code."""
     try:
         language = Language.get(standardize_tag(code, macro=True))
     except LanguageTagError:
