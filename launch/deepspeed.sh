@@ -5,7 +5,7 @@
 set -euo pipefail
 case ${1:-} in train | doctor | evaluate | probe | merge | plan) verb=$1 && shift ;; *) verb=train ;; esac
 nproc=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c "import os; print(len(os.sched_getaffinity(0)) // $nproc or 1)")}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c "from mlalign.launchers import threads; print(threads($nproc))")}
 port=${MASTER_PORT:-$(python -c 'from mlalign.launchers import free_port; print(free_port())')} # the default, 29500, is every job's
 where=(--num_accelerators "$nproc")
 if [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && [ "${DS_ACCELERATOR:-}" != cpu ] &&

@@ -6,7 +6,7 @@
 set -euo pipefail
 case ${1:-} in train | doctor | evaluate | probe | merge | plan) verb=$1 && shift ;; *) verb=train ;; esac
 nproc=${NPROC:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c "import os; print(len(os.sched_getaffinity(0)) // $nproc or 1)")}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c "from mlalign.launchers import threads; print(threads($nproc))")}
 [ "$(id -u)" = 0 ] && MPIRUN_FLAGS="--allow-run-as-root ${MPIRUN_FLAGS:-}"
 # shellcheck disable=SC2086  # the flags are words
 exec mpirun --map-by "ppr:$nproc:node:OVERSUBSCRIBE" --bind-to none ${MPIRUN_FLAGS:-} \

@@ -300,19 +300,19 @@ def export(engine, tokenizer, run_dir: Path, about: dict[str, Any], touch: Calla
     lm = engine.module.lm
     adapter = isinstance(lm, PeftModel)
     weights = _gathered(lm, trainable_only=adapter, dtype=torch.float32 if adapter else lm.dtype, touch=touch)
-    target = _target(engine, run_dir)
-    if distributed.is_main():
-        aside = target.with_suffix(".partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        with _said_in_one_sentence(aside), _touching_while_it_grows(aside, touch):
-            lm.save_pretrained(str(aside), state_dict=weights)
-            tokenizer.save_pretrained(str(aside))
-            for file in aside.iterdir():
-                settle(file)
-                touch()
-            write_whole(aside / _ABOUT, json.dumps(about) + "\n")  # last: then all is whole
-            sync_folder(aside)
-    distributed.barrier()
+    aside = _target(engine, run_dir).with_suffix(".partial")
+    with distributed.on_main():
+        if distributed.is_main():
+            shutil.rmtree(aside, ignore_errors=True)
+            with _said_in_one_sentence(aside):
+                with _touching_while_it_grows(aside, touch):
+                    lm.save_pretrained(str(aside), state_dict=weights)
+                    tokenizer.save_pretrained(str(aside))
+                with _meanwhile(touch):  # a large file may take long, and nothing tells a slow disk from one that hangs
+                    for path in aside.rglob("*"):
+                        sync_folder(path) if path.is_dir() else settle(path)
+                    write_whole(aside / _ABOUT, json.dumps(about) + "\n")  # last: then all is whole
+                    sync_folder(aside)
 
 
 def publish(engine, run_dir: Path, step: int) -> None:
@@ -355,18 +355,30 @@ def _target(engine, run_dir: Path) -> Path:
 
 @contextmanager
 def _touching_while_it_grows(folder: Path, touch: Callable[[], None]) -> Iterator[None]:
-    """Look at a folder from a thread while the body fills it."""
-    over = Event()
+    """Look at a folder while the body fills it."""
+    before = 0
 
     def look() -> None:
-        before = 0
-        while not over.wait(2):
-            size = sum(path.stat().st_size for path in folder.glob("*"))
-            if size > before:
-                touch()
-            before = size
+        nonlocal before
+        size = sum(path.stat().st_size for path in folder.glob("*"))
+        if size > before:
+            touch()
+        before = size
 
-    Thread(target=look, daemon=True).start()
+    with _meanwhile(look):
+        yield
+
+
+@contextmanager
+def _meanwhile(act: Callable[[], None]) -> Iterator[None]:
+    """Act every two seconds, in a thread, while the body runs."""
+    over = Event()
+
+    def run() -> None:
+        while not over.wait(2):
+            act()
+
+    Thread(target=run, daemon=True).start()
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ What libraries write is settled after them: they wait for no disk, and safetenso
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -49,7 +50,8 @@ def write_hashed(path: Path, write: Callable[[Hashed], object]) -> str:
 
 def settle(file: Path) -> None:
     """Wait until a file that a library wrote is on the disk, and let those read it who may read what is opened here."""
-    file.chmod(_MODE)
+    with suppress(OSError):  # not every mount knows modes
+        file.chmod(_MODE)
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
 

@@ -8,7 +8,9 @@ import os
 import re
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlalign.errors import UserError
 
@@ -55,6 +57,15 @@ def rank_of(environment: Mapping[str, str] = os.environ) -> int:
     names = ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"]
     names += ["SLURM_PROCID"] if _slurm_tasks(environment) > 1 else []
     return next((int(environment[name]) for name in names if environment.get(name, "").isdecimal()), 0)
+
+
+def threads(ranks: int) -> int:
+    """OpenMP threads of each of so many ranks on this host: their share of the cores that they may use."""
+    cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):  # in a container, which may have a quota of them; "max" where it has none
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, int(quota) // int(period))
+    return max(cores // ranks, 1)
 
 
 def free_port() -> int:

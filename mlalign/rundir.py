@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
@@ -24,6 +25,8 @@ from mlalign.config import Config, dump, load
 from mlalign.durable import write_whole
 from mlalign.errors import UserError
 from mlalign.tracker import say
+
+_LEASE = 150.0  #: seconds after which NFS (RFC 7530: 90 s, by default) lets go of what a lost host had locked
 
 
 def open_run(config: Config, run_dir: Path) -> None:
@@ -66,16 +69,30 @@ def locked(folder: Path, name: str) -> Iterator[None]:
     make_writable(folder, name)
     path = folder / ".lock"
     with ExitStack() as stack:
-        while True:
+        for _ in range(10):
             file = stack.enter_context(path.open("a+"))
-            _lock(file, folder, name)
+            _lock_patiently(file, folder, name)
             with suppress(FileNotFoundError):
                 if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                    break  # else who had it has just deleted it, and another may have made it anew
+                    break  # else who had it has just deleted it, and another may have made it again
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _lock_patiently(file: IO[str], folder: Path, name: str) -> None:
+    """In a job that resumes by itself, give a server time to notice that the host of the attempt before is gone."""
+    end = time.monotonic() + (_LEASE if "MLALIGN_JOB_DIR" in os.environ else 0)
+    while True:
+        try:
+            _lock(file, folder, name)
+            return
+        except UserError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(2)
 
 
 def _lock(file: IO[str], folder: Path, name: str) -> None:

@@ -19,13 +19,15 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from mlalign import distributed
 from mlalign.config import Model
+from mlalign.errors import one_line
 
 NAME = "varlen"
 
 #: Largest relative difference that is rounding. Rows that see each other differ by 0.1.
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
-_UNKNOWN = ("softcap", "s_aux", "position_bias")  #: of attention, and not of this kernel
+#: What attention may be asked for, and the kernel has not.
+_UNKNOWN = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
 _LENGTHS = (40, 3, 21)  #: of the rows that it is tried on
 _WINDOW = 16
 
@@ -86,10 +88,8 @@ def wrong_kernel(settings: PreTrainedConfig, dtype: torch.dtype, device: torch.d
     """Why the kernel must not be used for such a model on this device; empty where nothing speaks against it."""
     try:
         error = kernel_error(settings, dtype, device)
-    except RuntimeError as failure:
-        return (
-            str(failure).strip().splitlines()[0].partition(". ")[0]
-        )  # C++ puts its stack below, torch its advice behind
+    except RuntimeError as failure:  # whose first sentence says it: advice and a stack of C++ follow
+        return one_line(failure).partition(". ")[0] or type(failure).__name__
     return "" if error <= ROUNDING[dtype] else f"it differs from sdpa by {error:.1g}"
 
 

@@ -231,6 +231,13 @@ def test_bad_bitext_is_one_sentence(tmp_path, name):
     refused(bitext, tmp_path, sentence)
 
 
+def test_an_array_is_rows_too_whatever_its_file_is_called(tmp_path):
+    for code in ("de", "en"):
+        (tmp_path / f"{code}.jsonl").write_text('[{"text": "a"},\n\n {"text": "b"}]')
+    items, _ = read(bitext, tmp_path)
+    assert [item.texts for item in items] == [("a", "a"), ("b", "b")]
+
+
 def test_blank_ids_are_none(tmp_path):
     for code in ("de", "en"):
         (tmp_path / f"{code}.csv").write_text("id,text\n,a\n ,b\n")

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from mlalign import distributed
 from mlalign.errors import StoppedError, UserError
-from mlalign.launchers import Place, discover, first_host, started_together
+from mlalign.launchers import Place, discover, first_host, started_together, threads
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -308,8 +308,9 @@ def test_a_rank_has_its_share_of_the_cores(tmp_path, given, found):
     (tmp_path / "torchrun").chmod(0o755)
     usual = {name: value for name, value in alone_in_the_world().items() if name != "OMP_NUM_THREADS"}
     usual |= {"PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"}
-    cores = len(os.sched_getaffinity(0))
-    for nproc in (1, 2, 100):
+    assert threads(1) <= len(os.sched_getaffinity(0))
+    assert threads(1) // 2 <= threads(2) <= max(threads(1) // 2, 1)
+    for nproc in (1, 2, 100_000):
         asked = subprocess.run(
             ["bash", ROOT / "launch/torchrun.sh", "c.yaml"],
             env=usual | given | {"NPROC": str(nproc)},
@@ -317,7 +318,7 @@ def test_a_rank_has_its_share_of_the_cores(tmp_path, given, found):
             text=True,
             check=True,
         )
-        assert int(asked.stdout) == (found or max(cores // nproc, 1))
+        assert int(asked.stdout) == (found or (1 if nproc == 100_000 else threads(nproc)))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Packed rows give what padded ones do, or are not packed: every architecture is asked."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -189,8 +190,9 @@ def test_torchs_kernel_is_compared_with_sdpa_first(torchs_kernel):
         (lambda *given, **named: 1.01 * kernel(*given, **named), "it differs from sdpa by 0.01"),
         (lambda *given, window_size, **named: kernel(*given, window_size=(-1, 0), **named), "it differs from sdpa by"),
         (lambda *_, **__: torch.zeros(()).view(2), "shape '[2]' is invalid for input of size 1"),
+        (mock.Mock(side_effect=RuntimeError), "RuntimeError"),
     ],
-    ids=["of another scale", "without a window", "that does not run"],
+    ids=["of another scale", "without a window", "that does not run", "that says nothing"],
 )
 def test_a_wrong_kernel_is_not_used(wrong, said, torchs_kernel, tokenizer, monkeypatch, capsys):
     monkeypatch.setattr(varlen, "varlen_attn", wrong)

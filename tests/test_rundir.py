@@ -4,6 +4,8 @@ import errno
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
+from threading import Timer
 
 import pytest
 
@@ -48,6 +50,18 @@ def test_where_nothing_can_be_locked_it_is_said(tmp_path, monkeypatch, capsys):
     with locked(tmp_path, "output"):
         pass
     assert "cannot be locked (No locks available)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_job_that_resumes_waits_for_the_lock_of_a_host_that_was_lost(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLALIGN_JOB_DIR", str(tmp_path))
+    with ExitStack() as before:
+        before.enter_context(locked(tmp_path, "run_dir"))
+        Timer(1, before.close).start()
+        with locked(tmp_path, "run_dir"):
+            pass
+    monkeypatch.setattr("mlalign.rundir._LEASE", 0.1)
+    with locked(tmp_path, "run_dir"), pytest.raises(UserError, match="is in use by"), locked(tmp_path, "run_dir"):
+        pass
 
 
 def test_who_has_a_directory_is_named(tmp_path):

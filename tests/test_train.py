@@ -1,5 +1,6 @@
 """`mlalign train` as a user starts it: alone, under launchers, resumed, exported; and what it says to mistakes."""
 
+import copy
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import torch
 from conftest import train_with
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from mlalign.config import Config
 from mlalign.dataset import load_dataset
@@ -378,6 +380,56 @@ def test_a_signal_in_the_last_step_leaves_the_adapter_to_be_written(settings, ro
     straight = settings | {"run_dir": str(tmp_path / "straight")}
     assert train_with(straight, lambda backward, *arguments: backward(*arguments)) == "done"
     assert adapter.read_bytes() == (Path(straight["run_dir"]) / "adapter/adapter_model.safetensors").read_bytes()
+
+
+def test_a_tokenizer_with_several_chat_templates_is_exported(ranks, settings, tmp_path, tiny_model, tokenizer):
+    """transformers puts those into a directory of their own."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "several"))
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    several = copy.deepcopy(tokenizer)
+    several.chat_template = {"default": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
+    several.save_pretrained(model)
+    settings["model"]["path"] = str(model)
+    assert ranks(1).run(failure, settings) == ["no error"]
+    exported = AutoTokenizer.from_pretrained(Path(settings["run_dir"]) / "adapter")
+    assert exported.chat_template == several.chat_template
+
+
+def published(values: dict) -> tuple[list[int], list[int]]:
+    """Steps of exports, and of results that took their names; checkpoints are written slower than steps are taken."""
+    from mlalign import checkpoint
+    from mlalign.commands.train import train
+
+    exported, named = [], []
+
+    def slowly(*given):
+        time.sleep(0.5)
+        return write(*given)
+
+    def noting(engine, run_dir, step):
+        aside = checkpoint._exported_at(run_dir / "adapter.partial")
+        named.extend([step] * (aside == step))
+        publish(engine, run_dir, step)
+
+    def exporting(engine, tokenizer, run_dir, about, touch):
+        exported.append(about["step"])
+        export(engine, tokenizer, run_dir, about, touch)
+
+    write, publish, export = checkpoint._write_files, checkpoint.publish, checkpoint.export
+    patches = {"_write_files": slowly, "publish": noting, "export": exporting}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in patches.items():
+            patch.setattr(checkpoint, name, value)
+        train(Config.model_validate(values))
+    return exported, named
+
+
+def test_no_result_is_lost_to_the_next_one_while_its_checkpoint_is_written(ranks, settings, rows):
+    settings["task"]["dev"] = str(rows["task_dev"])
+    settings |= {"evaluation": {"every": 1, "patience": 0}, "async_checkpoint": True}
+    ((exported, named),) = ranks(1).run(published, settings)
+    assert len(exported) > 1
+    assert named == exported
 
 
 def test_rows_that_were_edited_are_not_gone_on_with(ranks, settings, tmp_path):

@@ -164,6 +164,9 @@ def _goes_on(run: _Run) -> bool:
     unexported = finished and progress.best is None and (new or not checkpoint.exported(run.engine, run.run_dir))
     if improved or (unexported and not stop):
         run.at("export")
+        if run.unpublished is not None:  # its checkpoint is still on its way, and the next result takes its place
+            run.saver.finish()
+            _publish(run)
         run.unpublished = progress.step
         about = {"step": progress.step, **run.dataset.languages()}
         checkpoint.export(run.engine, run.tokenizer, run.run_dir, about, run.watch.touch)
@@ -177,10 +180,14 @@ def _goes_on(run: _Run) -> bool:
     if finished or stop:
         run.saver.finish()
     if run.unpublished is not None and not run.saver.pending:
-        checkpoint.publish(run.engine, run.run_dir, run.unpublished)
-        run.unpublished = None
+        _publish(run)
     run.cut_short = stop and (owed or unexported or not finished)
     return not (finished or stop)
+
+
+def _publish(run: _Run) -> None:
+    checkpoint.publish(run.engine, run.run_dir, run.unpublished)
+    run.unpublished = None
 
 
 def _take_step(run: _Run) -> None:

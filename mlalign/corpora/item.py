@@ -153,7 +153,7 @@ def sentences(path: Path) -> Iterator[Sentence]:
             yield from (Sentence(where, None, text) for where, text in lines(file, path))
         return
     for number, (where, row) in enumerate(read_file(path), 1):
-        if path.suffix == ".jsonl" and where != f"{path}:{number}":
+        if where.startswith(f"{path}:") and where != f"{path}:{number}" and path.suffix == ".jsonl":
             raise UserError(f"{path}:{number} is empty: every line must be a sentence")
         yield sentence(row, where)
 
