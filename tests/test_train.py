@@ -309,7 +309,7 @@ def failure(values: dict, *overrides: str) -> str:
         (["alignment.negatives=local", "alignment.micro_batch_size=7"], "leaves a micro-batch of one pair"),
         (
             ["optimizer.lr=1e30", "optimizer.max_skipped_steps=0"],
-            "the last 1 steps up to 2 gave a loss or gradient that",
+            "the last 1 steps up to 2 gave a non-finite loss or gradient",
         ),
         (["task.columns=x"], "unknown key task.columns"),
         (["model.compile=true", "deepspeed=ds_configs/zero3.json"], "model.compile needs ZeRO stage 0, 1 or 2"),
