@@ -41,7 +41,7 @@ def test_a_lock_left_by_a_killed_process_holds_nobody_up(lock):
 def test_a_lock_that_is_held_is_waited_for(lock):
     with open(lock, "x"):
         process = loading()
-        time.sleep(15)
+        time.sleep(9)  # it takes 5 s to come to the lock
         held = process.poll() is None and lock.exists()
         lock.unlink()
     assert held

@@ -154,16 +154,13 @@ def published(cluster) -> dict[str, dict]:
     return {"task": {"train": f"{prepared}/train.*.jsonl"}, "alignment": {"train": f"{DATA}/tatoeba/spa-eng.jsonl"}}
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_training_on_two_nodes_with_two_ranks_each(cluster, recipe, published, stage):
-    stage_file = f"ds_configs/zero{stage}.json"
-    path, run_dir = recipe(f"zero{stage}", deepspeed=stage_file, optimizer={"steps": 3}, **published)
-    doctor = "yes" if stage == 3 else "no"
-    job = cluster.submit("train.sbatch", path, DOCTOR=doctor, TASKS_PER_NODE="2")
+def test_training_on_two_nodes_with_two_ranks_each(cluster, recipe, published):
+    """By ZeRO-3; by ZeRO-2 on two nodes in what follows."""
+    path, run_dir = recipe("zero3", deepspeed="ds_configs/zero3.json", optimizer={"steps": 3}, **published)
+    job = cluster.submit("train.sbatch", path, DOCTOR="yes", TASKS_PER_NODE="2")
     assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
-    for said in ("the same on all 4 ranks", "training can start"):
-        assert (said in cluster.log(job)) == (doctor == "yes")
-    assert f"4 ranks, ZeRO-{stage}" in cluster.log(job)
+    for said in ("the same on all 4 ranks", "training can start", "4 ranks, ZeRO-3"):
+        assert said in cluster.log(job)
     assert [row["step"] for row in steps(run_dir / "metrics.jsonl")] == [1, 2, 3]
     assert (run_dir / "adapter/adapter_model.safetensors").exists()
 

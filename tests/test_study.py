@@ -27,6 +27,7 @@ from studies import ALIGNED, MERGED, STUDIES, TASK_ONLY, Arm, Study
 
 from mlalign.base_model import Shape
 from mlalign.config import load
+from mlalign.durable import write_whole
 from mlalign.errors import UserError
 
 WORDS = {  # of one meaning in a place
@@ -284,7 +285,7 @@ def test_arms_that_studies_share_are_one_cell():
 
 def finish(cell: Cell, where: Setting) -> None:
     cell.folder(where).mkdir(parents=True)
-    (cell.folder(where) / "cell.json").write_text(json.dumps({"made_by": cell.made_by()}))
+    write_whole(cell.folder(where) / "cell.json", json.dumps({"made_by": cell.made_by()}))  # another thread may look
 
 
 def test_cells_wait_for_their_parts_and_the_budget_is_kept(tmp_path, monkeypatch):

@@ -120,10 +120,11 @@ def test_the_run_directory_holds_what_the_readme_says(tmp_path, recipe, tiny_mod
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_full_fine_tuning_exports_a_model_that_transformers_loads(tmp_path, recipe, stage):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def test_full_fine_tuning_exports_a_model_that_transformers_loads(ranks, recipe, stage):
+    from transformers import AutoModelForCausalLM
 
-    run(TORCHRUN, recipe | {"lora": None, "deepspeed": f"ds_configs/zero{stage}.json"}, tmp_path / "c.yaml")
+    values = recipe | {"lora": None, "deepspeed": f"ds_configs/zero{stage}.json"}
+    assert ranks(2).run(failure, values) == ["no error"] * 2
     model, info = AutoModelForCausalLM.from_pretrained(Path(recipe["run_dir"]) / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert AutoTokenizer.from_pretrained(Path(recipe["run_dir"]) / "model").eos_token_id == 2
