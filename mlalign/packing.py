@@ -1,7 +1,8 @@
 """Passes without padding: rows behind each other in one, told apart by their positions.
 
-Flash attention keeps packed rows apart at no cost. Other attentions do so by a mask of tokens x tokens, and some
-architectures not at all: they let a row see the ones before it, without a word. So each model is asked first.
+Flash attention keeps packed rows apart at no cost: that of flash-attn, or that of torch, see `varlen`. Other attentions
+do so by a mask of tokens x tokens, and some architectures not at all: they silently let a row see the ones before it.
+So each model is asked first.
 """
 
 import torch
