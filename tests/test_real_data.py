@@ -17,8 +17,9 @@ BIN = Path(sys.executable).parent
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data pack at {DATA}")
 
 
-#: On two ranks one of the tasks, for what ranks do to each other, and on one the others, for what tasks do.
-RANKS = {"slot_filling": "2", "translation": "1", "json_extraction": "1"}
+#: On two ranks one of the tasks, for what ranks do to each other, and on one another, for what tasks do. The third is
+#: trained and scored in test_study: the script does nothing that goes by the task, and each takes more than a minute.
+RANKS = {"slot_filling": "2", "translation": "1"}
 
 
 def run(*command: object, **variables: str) -> str:
@@ -35,7 +36,6 @@ def some_of(folder: Path) -> Path:
     rows = {
         "massive": ("en-US.train", "zh-CN.train", "en-US.dev", "zh-CN.dev", "en-US.test", "cy-GB.test", "ja-JP.test"),
         "mt": ("train.de-en", "train.zh-en", "dev.de-en", "test.en-de", "test.en-is"),
-        "uner": ("en.train", "zh.train", "en.dev", "en.test", "ceb.test"),
         "tatoeba": ("cym-eng", "jpn-eng", "cmn-eng"),
     }
     for part, names in rows.items():
@@ -46,7 +46,7 @@ def some_of(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("task", ["slot_filling", "translation", "json_extraction"])
+@pytest.mark.parametrize("task", RANKS)
 def test_a_task_from_published_data_to_a_merged_adapter(task, tmp_path, tiny_model):
     """The script of the README: prepare, train, evaluate, compare and merge, on real rows."""
     model = tmp_path / "model"
@@ -62,7 +62,7 @@ def test_a_task_from_published_data_to_a_merged_adapter(task, tmp_path, tiny_mod
     assert shown.count("done, 3 steps") == 3
     assert f"{RANKS[task]} ranks, ZeRO-2" in shown
 
-    unseen = {"slot_filling": "cy", "translation": "en-is", "json_extraction": "ceb"}[task]
+    unseen = {"slot_filling": "cy", "translation": "en-is"}[task]
     reports = {
         name: json.loads((out / "test" / name / "report.json").read_text()) for name in ("sft", "aligned", "merged")
     }
