@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data pack at {DAT
 
 
 #: On two ranks one of the tasks, for what ranks do to each other, and on one another, for what tasks do. The third is
-#: trained and scored in test_study: the script does nothing that goes by the task, and each takes more than a minute.
+#: trained and scored in test_study: of the script only a line goes by the task, and each takes more than a minute.
 RANKS = {"slot_filling": "2", "translation": "1"}
 
 
