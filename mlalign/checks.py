@@ -142,7 +142,7 @@ def _kernels(config: Config | None) -> Iterator[Finding]:
 
 
 def _threads(config: Config | None) -> Iterator[Finding]:
-    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    cores, threads = launchers.cores(), torch.get_num_threads()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     text = f"{cores} cores, {threads} threads per rank"
     if ranks * threads > cores:

@@ -91,7 +91,7 @@ def _add_order(
     rows = _add_rows(dataset, name, "train", section, tokenizer, cached_as)
     dataset.orders[name] = GlobalOrder(in_memory(rows, section.batch_size, section.language_temperature, seed))
     dataset.rows[name] = len(rows)
-    dataset.digests[name] = rows.digest()
+    dataset.digests[name] = rows.digest
 
 
 def _add_rows(

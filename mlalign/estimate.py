@@ -17,7 +17,7 @@ from mlalign.config import Config
 from mlalign.errors import UserError
 from mlalign.memory import Layout, Pass, checkpoint_size, model_states, phases
 from mlalign.workload import Workload
-from mlalign.zero import read_deepspeed
+from mlalign.zero import read_deepspeed, saves_in_background
 
 GIB = 2**30
 SHIPPED = tuple(f"ds_configs/{n}.json" for n in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"))
@@ -95,8 +95,7 @@ def estimate(job: Job) -> Estimate:
 
 def _saving(config: Config, layout: Layout) -> dict[str, int]:
     """Host memory of a checkpoint that is written while training goes on: a copy of a rank's masters and moments."""
-    in_background = layout.cuda and not layout.offloads_optimizer  # as `train` has it for auto
-    if not (in_background if config.async_checkpoint == "auto" else config.async_checkpoint):
+    if not saves_in_background(config, layout.cuda, layout.offloads_optimizer):
         return {}
     return {"checkpoint": 12 * ceil(layout.trainable / layout.ranks)}
 

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Generic, Self, TypeVar
 
 import numpy as np
@@ -102,8 +103,9 @@ class PackedRows(Sequence[Example], Generic[Example]):
     def pack(cls, examples: Iterable[Example]) -> Self:
         """Take in a stream of examples."""
 
+    @cached_property
     def digest(self) -> str:
-        """Stands for all rows and their order."""
+        """Stands for all rows and their order; taken once, for the cache and for checkpoints."""
         found = hashlib.blake2b(json.dumps(self.names).encode(), digest_size=8)
         for name in sorted(self.arrays):
             found.update(np.ascontiguousarray(self.arrays[name]))

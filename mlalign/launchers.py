@@ -59,13 +59,18 @@ def rank_of(environment: Mapping[str, str] = os.environ) -> int:
     return next((int(environment[name]) for name in names if environment.get(name, "").isdecimal()), 0)
 
 
-def threads(ranks: int) -> int:
-    """OpenMP threads of each of so many ranks on this host: their share of the cores that they may use."""
-    cores = len(os.sched_getaffinity(0))
+def cores() -> int:
+    """Cores of this host that this process may use."""
+    allowed = len(os.sched_getaffinity(0))
     with suppress(OSError, ValueError):  # in a container, which may have a quota of them; "max" where it has none
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, int(quota) // int(period))
-    return max(cores // ranks, 1)
+        allowed = min(allowed, int(quota) // int(period))
+    return max(allowed, 1)
+
+
+def threads(ranks: int) -> int:
+    """OpenMP threads of each of so many ranks on this host: their share of the cores."""
+    return max(cores() // ranks, 1)
 
 
 def free_port() -> int:

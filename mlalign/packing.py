@@ -57,12 +57,12 @@ def _wrong_kernel(engine, lm: PreTrainedModel) -> str:
 
 
 def _wrong_rows(engine, lm: PreTrainedModel, pad: int, attention: str) -> str:
+    refusal = RuntimeError if attention == varlen.NAME else NotImplementedError  # a kernel's, or a forward's
     try:
         error = packing_error(engine, pad, attention)
         wrong = "" if error <= varlen.ROUNDING[lm.dtype] else f"packed rows differ from padded ones by {error:.1g}"
-    except (TypeError, ValueError, RuntimeError) as failure:  # a forward or a kernel that does not know the arguments
-        known = isinstance(failure, NotImplementedError) or attention == varlen.NAME
-        if isinstance(failure, RuntimeError) and (not known or distributed.lost_a_rank(failure)):
+    except (TypeError, ValueError, refusal) as failure:
+        if distributed.lost_a_rank(failure):
             raise
         wrong = one_line(failure)
     return distributed.broadcast_object(wrong and f"{type(lm).__name__} cannot tell packed rows apart: {wrong}")

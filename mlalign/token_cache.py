@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
@@ -37,7 +36,7 @@ from mlalign.examples import Counts, PackedRows
 from mlalign.rows import is_local, local_files
 from mlalign.tracker import say
 
-FORMAT = 3  #: to be raised whenever the same rows come to other tokens, or an entry to another form
+FORMAT = 4  #: to be raised whenever the same rows come to other tokens, or an entry to another form
 _UNUSED_SECONDS = 30 * 24 * 60 * 60
 _PACKAGES = ("tokenizers", "transformers", "jinja2", "datasets")
 
@@ -146,15 +145,16 @@ def _load(kind: type[Packed], path: Path) -> tuple[Packed, Counts] | None:
         with safe_open(path, framework="pt") as file:  # framework="np" would copy
             about, checksum = file.metadata()["about"], file.metadata()["checksum"]
             arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}
-        if _checksum(arrays, about) != checksum:
+        values = json.loads(about)
+        rows = kind(arrays, values["names"])
+        if _checksum(rows, about) != checksum:
             return None
-    except (SafetensorError, OSError, KeyError, TypeError):
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return None
     with suppress(OSError):  # somebody else's
         os.utime(path)
-    values = json.loads(about)
     counts = values["counts"]
-    return kind(arrays, values["names"]), Counts(**counts | {"sides": set(counts["sides"])})
+    return rows, Counts(**counts | {"sides": set(counts["sides"])})
 
 
 def _save(path: Path, rows: PackedRows, counts: Counts) -> None:
@@ -163,7 +163,7 @@ def _save(path: Path, rows: PackedRows, counts: Counts) -> None:
     aside = path.with_suffix(f".{uuid4().hex}.partial")
     try:
         _delete_unused(path.parent)
-        save_file(rows.arrays, aside, {"about": about, "checksum": _checksum(rows.arrays, about)})
+        save_file(rows.arrays, aside, {"about": about, "checksum": _checksum(rows, about)})
         settle(aside)
         if not _load(type(rows), path):  # what others map stays: not every shared file system lets it go unharmed
             aside.rename(path)
@@ -189,8 +189,8 @@ def _delete_unused(folder: Path) -> None:
                 path.unlink()
 
 
-def _checksum(arrays: dict[str, np.ndarray], about: str) -> str:
-    return _digest(about.encode(), *(arrays[name].data for name in sorted(arrays)))
+def _checksum(rows: PackedRows, about: str) -> str:
+    return _digest(about.encode(), rows.digest.encode())
 
 
 def _digest_of(values: list) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mlalign.config import flatten, suggest
+from mlalign.config import Config, flatten, suggest
 from mlalign.errors import UserError
 
 #: DeepSpeed keys that say how to shard and communicate; everything else belongs to `Config`.
@@ -97,6 +97,11 @@ def read_deepspeed(name: str | None) -> dict[str, Any]:
 def offloads_optimizer(deepspeed: dict[str, Any]) -> bool:
     """Whether the ZeRO section of a DeepSpeed config puts the optimizer on the CPU or on disk."""
     return (deepspeed["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
+
+
+def saves_in_background(config: Config, cuda: bool, offloads_optimizer: bool) -> bool:
+    """`async_checkpoint`, decided: where the optimizer is offloaded, host memory holds it all already."""
+    return cuda and not offloads_optimizer if config.async_checkpoint == "auto" else config.async_checkpoint
 
 
 def _check_zero(settings: dict[str, Any], path: Path) -> None:

@@ -16,6 +16,7 @@ from mlalign import checkpoint
 from mlalign.config import Config
 from mlalign.durable import settle
 from mlalign.errors import UserError
+from mlalign.zero import offloads_optimizer, saves_in_background
 
 
 def latest(run_dir: Path) -> str | None:
@@ -171,12 +172,12 @@ def test_metrics_on_a_full_disk_are_one_sentence(ranks, settings):
 
 
 def test_the_optimizers_place_decides(settings):
-    from mlalign.commands.train import _saves_in_background
-
-    offloaded = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    offloaded = offloads_optimizer({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
     config = Config.model_validate(settings)
-    assert not _saves_in_background(config, offloaded)
-    assert _saves_in_background(config.model_copy(update={"async_checkpoint": True}), offloaded)
+    assert saves_in_background(config, cuda=True, offloads_optimizer=False)
+    assert not saves_in_background(config, cuda=True, offloads_optimizer=offloaded)
+    asked = config.model_copy(update={"async_checkpoint": True})
+    assert saves_in_background(asked, cuda=True, offloads_optimizer=offloaded)
 
 
 # ------------------------------------------------------------------------------------------------------------- damage

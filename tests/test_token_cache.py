@@ -347,7 +347,7 @@ def test_other_tokens_need_another_format(tmp_path):
         path = write_jsonl(tmp_path / "rows.jsonl", rows)
         found += load([Source(path=str(path))], tokenizer, 200, Counts())
     digest = hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()
-    assert (token_cache.FORMAT, digest) == (3, "6eeeaf7070102380")
+    assert (token_cache.FORMAT, digest) == (4, "6eeeaf7070102380")
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):

@@ -43,7 +43,7 @@ from mlalign.progress import Progress, resume, save
 from mlalign.rundir import digest, held, open_run
 from mlalign.tracker import Meter, Tracker, say
 from mlalign.watchdog import Watchdog
-from mlalign.zero import offloads_optimizer, read_deepspeed
+from mlalign.zero import offloads_optimizer, read_deepspeed, saves_in_background
 
 
 def train(config: Config) -> None:
@@ -108,6 +108,7 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
     engine.module.register_forward_pre_hook(lambda *_: watch.touch())
     dataset.tick = watch.touch
     loader = Loader(config, dataset.orders, pad, progress.step, steps, model.vocabulary(engine.module.lm))
+    in_background = saves_in_background(config, distributed.uses_cuda(), offloads_optimizer(engine_config))
     with distributed.StopSignals() as signals, closing(loader), watch:
         run = _Run(
             config=config,
@@ -121,7 +122,7 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
             lr_factor=schedule.lr_factor(config, steps),
             progress=progress,
             meter=meter,
-            saver=checkpoint.Saver(engine, run_dir, _saves_in_background(config, engine_config), watch.touch),
+            saver=checkpoint.Saver(engine, run_dir, in_background, watch.touch),
             tracker=Tracker(run_dir, progress.step, steps),
             watch=watch,
             asked_to_stop=lambda: distributed.any_rank(signals.received),
@@ -309,12 +310,6 @@ def _step_values(progress: Progress, grad_norm: float, gradients: GradientMeter)
     """What there is to log of the last step: nothing of its gradients if it was skipped. Called by all ranks."""
     values = {} if progress.skipped_in_a_row else {"train/grad_norm": grad_norm} | gradients.read()
     return values | ({"train/skipped_steps": progress.skipped} if progress.skipped else {})
-
-
-def _saves_in_background(config: Config, engine_config: dict[str, Any]) -> bool:
-    if config.async_checkpoint != "auto":
-        return config.async_checkpoint
-    return distributed.uses_cuda() and not offloads_optimizer(engine_config)  # else host memory holds it all already
 
 
 def _make_engine(config: Config, engine_config: dict[str, Any], layer: int):

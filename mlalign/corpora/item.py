@@ -209,5 +209,4 @@ def hub_rows(name: str, configuration: str, splits: Collection[str]) -> Iterator
 
 
 def _unreadable(name: str, error: Exception) -> str:
-    reason = one_line(error)
-    return f"{name} is neither a local file or directory nor a readable hub dataset: {reason}"
+    return f"{name} is neither a local file or directory nor a readable hub dataset: {one_line(error)}"
