@@ -9,12 +9,14 @@ from peft import LoraConfig, get_peft_model
 from test_model import ARCHITECTURES, build
 
 from mlalign import distributed, packing, varlen
-from mlalign.collate import collate_bitext, collate_ids, collate_task, pad_id
-from mlalign.config import Lora, Model
+from mlalign.collate import collate_bitext, collate_ids, collate_task, pad_id, pair_keys
+from mlalign.config import Alignment, Lora, Model
 from mlalign.errors import UserError
+from mlalign.evaluation import to_device
 from mlalign.examples import Pair, TaskExample
 from mlalign.loss import IGNORED
 from mlalign.model import AlignedModel, add_lora, vocabulary
+from mlalign.objectives import BitextChunk, align_backward, task_backward
 
 ROWS = [[5, 6, 7, 8], [9], [10, 11]]
 
@@ -246,6 +248,42 @@ def test_torch_knows_its_kernel_as_it_is_called():
         assert output.shape == (1, 5, 4, 8)
         gradients = torch.autograd.grad(output, states, torch.empty_like(output))
         assert [each.shape for each in gradients] == [each.shape for each in states]
+
+
+def passes_without_values(architecture: str, adapters: bool, attention: str) -> None:
+    """Both objectives' passes in bf16, forward and backward, on tensors of the meta device, which nothing can read."""
+    engine = Bare(architecture)
+    if adapters:
+        engine.module = AlignedModel(add_lora(build(architecture), Lora(dropout=0.1)), 2, "mean")
+    engine.module.ask()
+    engine.module.attend_by(attention)
+    engine.module.bfloat16().to("meta")
+    engine.device = torch.device("meta")
+    engine.backward = lambda loss, scale_wrt_gas: loss.backward()
+    pairs = [Pair(row, [*row, 3], ("", ""), (0, 0, 0)) for row in ROWS]
+    batch = [TaskExample([3, *row], [IGNORED, *row], len(row), "") for row in ROWS]
+    task = to_device(collate_task(batch, None), engine.device)
+    passes = [to_device(inputs, engine.device) for inputs in collate_bitext(pairs, None, [6])]
+    chunk = BitextChunk(passes, pair_keys(pairs).to(engine.device))
+    settings = Alignment(train="", batch_size=3, micro_batch_size=3)
+    loss = task_backward(engine, [task, task], 10, 1.0)
+    for chunks in ([chunk], [chunk, chunk]):
+        loss = loss + align_backward(engine, chunks, settings, 0.5)
+    assert loss.shape == ()
+    assert all(parameter.grad is not None for parameter in engine.module.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("architecture", sorted(set(BY_KERNEL) - {"gpt2"}))  # GPT-2 looks for padding in every pass
+def test_passes_by_torchs_kernel_never_wait_for_the_gpu(architecture, adapters):
+    """Nor do they mix devices or types: on a tensor without values, whatever waits for one raises."""
+    passes_without_values(architecture, adapters, varlen.NAME)
+
+
+def test_a_pass_that_waits_would_be_noticed():
+    """transformers looks through the positions of packed rows for the mask that sdpa needs."""
+    with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta tensors"):
+        passes_without_values("llama", False, "sdpa")
 
 
 def test_torchs_kernel_serves_where_flash_attention_would(monkeypatch):

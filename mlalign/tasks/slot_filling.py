@@ -6,7 +6,6 @@ of characters in Japanese and Chinese, neighbours of one type being one slot, an
 """
 
 import numpy as np
-from seqeval.metrics.sequence_labeling import get_entities
 
 from mlalign.errors import UserError
 from mlalign.languages import language_of
@@ -50,6 +49,8 @@ def gold(row: dict, answer: str, where: str) -> dict:
 
 def statistics(predictions: list[str], golds: list[dict], language: str) -> dict[str, np.ndarray]:
     """Counts of each row, [rows]: slots right, found and wanted; whether the answer is right, and whether malformed."""
+    from seqeval.metrics.sequence_labeling import get_entities  # here: it takes a second, and `prepare` needs none
+
     counts = {name: np.zeros(len(golds)) for name in ("right", "found", "wanted", "exact", "malformed")}
     for number, (prediction, each) in enumerate(zip(predictions, golds, strict=True)):
         words, labels = words_and_labels(each["annot_utt"], language)
