@@ -5,6 +5,7 @@ them. `advise(job, gib)` names the lowest of the shipped ZeRO files that fits. U
 """
 
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from math import ceil
 from typing import Any
 
@@ -17,7 +18,7 @@ from mlalign.config import Config
 from mlalign.errors import UserError
 from mlalign.memory import Layout, Pass, checkpoint_size, model_states, phases
 from mlalign.workload import Workload
-from mlalign.zero import read_deepspeed, saves_in_background
+from mlalign.zero import keep_adapters_whole, read_deepspeed, saves_in_background
 
 GIB = 2**30
 SHIPPED = tuple(f"ds_configs/{n}.json" for n in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"))
@@ -73,11 +74,13 @@ def estimate(job: Job) -> Estimate:
         job.traces[key] = on_paper(config, job.layer, job.dtype, job.cuda)
     paper = job.traces[key]
     groups = sharding.parameter_groups(paper.aligned, config.optimizer.weight_decay)
+    sizes = tuple(tuple(p.numel() for p in group["params"]) for group in groups)
+    zero = keep_adapters_whole(job.zero, chain(*sizes)) if config.lora else job.zero
     layout = Layout(
-        zero=DeepSpeedZeroConfig(**job.zero),
+        zero=DeepSpeedZeroConfig(**zero),
         ranks=job.ranks,
         width=job.dtype.itemsize,
-        groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
+        groups=sizes,
         frozen=tuple(p.numel() for p in paper.parameters() if not p.requires_grad),
         cuda=job.cuda,
     )

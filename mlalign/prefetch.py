@@ -1,4 +1,4 @@
-"""ZeRO-3: every kind of pass prefetches by its own trace.
+"""ZeRO-3's hooks: every kind of pass gathers ahead by its own trace, and modules with nothing to gather have no hooks.
 
 DeepSpeed traces the order of modules in one pass, forward and backward, and gathers parameters ahead by it in the next.
 A pass in another order makes it throw its trace away. Task and alignment passes take turns, so it would never prefetch,
@@ -6,9 +6,14 @@ and would gather every parameter twice a pass and one at a time.
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+
+_torchs_linear = F.linear  #: which DeepSpeed replaces for good when it first shards a model
 
 
 def keep_a_trace_per_pass(engine) -> None:
@@ -32,3 +37,57 @@ def keep_a_trace_per_pass(engine) -> None:
         offload.param_coordinator = coordinators[kind]
 
     engine.module.register_forward_pre_hook(choose, with_kwargs=True, prepend=True)  # DeepSpeed's begins the pass
+
+
+def unhook_whole_modules(engine, blocks: nn.ModuleList) -> None:
+    """Take DeepSpeed's hooks off modules that have nothing to gather: most of what LoRA brings, and containers.
+
+    DeepSpeed hooks every module four times, whether it has parameters or keeps them whole (those below
+    `stage3_param_persistence_threshold`), and computes every Linear in a way that bears its weight's coming and going.
+    With adapters of all linear layers this is more than half of what Python does in a step, and a GPU waits for it.
+    Blocks keep their hooks, for what a checkpointed block computes again is released with it. All ranks call it. With a
+    DeepSpeed that is built differently from 0.19, nothing is changed.
+    """
+    offload, whole = (getattr(engine.optimizer, name, None) for name in ("parameter_offload", "persistent_parameters"))
+    if not hasattr(offload, "forward_hooks") or not hasattr(offload, "backward_hooks") or whole is None:
+        return
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
+    from deepspeed.utils import z3_leaf_module
+
+    _find_foreign_parameters(engine)
+    keep = {id(engine.module), *map(id, blocks)}
+    hooked, theirs = [*offload.forward_hooks, *offload.backward_hooks], set()
+    for module in engine.module.modules():
+        parameters = list(iter_params(module, recurse=z3_leaf_module(module)))
+        if id(module) in keep or not all(parameter.ds_persist for parameter in parameters):
+            continue
+        theirs |= {id(module._forward_pre_hooks), id(module._forward_hooks)}
+        if type(module) is nn.Linear and "forward" not in vars(module):  # as that of a fused head is
+            module.forward = partial(_linear, module)
+    for handle in hooked:
+        if id(handle.hooks_dict_ref()) in theirs:
+            handle.remove()
+
+    def gather_whole(*_: Any) -> None:
+        """A step leaves all of them gathered, but for one that is skipped; what reads or saves weights does not."""
+        absent = [parameter for parameter in whole if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        if absent:
+            absent[0].all_gather(absent)
+
+    engine.module.register_forward_pre_hook(gather_whole)
+
+
+@torch.no_grad()
+def _find_foreign_parameters(engine) -> None:
+    """Run a pass, in which DeepSpeed notes parameters that a module uses without calling the module they are of."""
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=engine.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "positions": ids[0, :1], "targets": ids[0, :1]}
+    training = engine.module.training
+    engine.eval()
+    engine(task=inputs)
+    engine.train(training)
+
+
+def _linear(module: nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    return _torchs_linear(states, module.weight, module.bias)

@@ -9,8 +9,8 @@ from torch import nn
 from mlalign import distributed, kernels
 from mlalign.compiling import check_compile
 from mlalign.config import Config, Model
-from mlalign.model import AlignedModel, precision_dtype
-from mlalign.prefetch import keep_a_trace_per_pass
+from mlalign.model import AlignedModel, decoder_parts, precision_dtype
+from mlalign.prefetch import keep_a_trace_per_pass, unhook_whole_modules
 from mlalign.resharding import masters_without_zero
 from mlalign.zero import offloads_optimizer, stage
 
@@ -83,6 +83,8 @@ def make_engine(model: AlignedModel, optimizer: torch.optim.Optimizer, deepspeed
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
     _forget_first_update(engine)
     model.ask()
+    decoder, stack, _ = decoder_parts(model.lm)
+    unhook_whole_modules(engine, getattr(decoder, stack))
     keep_a_trace_per_pass(engine)
     if plain:
         # Without ZeRO the engine clips but keeps no norm: do both between its reduction and the optimizer's step.

@@ -4,6 +4,7 @@ So a batch size, a precision or a clipping value stands in exactly one place.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,19 @@ def read_deepspeed(name: str | None) -> dict[str, Any]:
 def offloads_optimizer(deepspeed: dict[str, Any]) -> bool:
     """Whether the ZeRO section of a DeepSpeed config puts the optimizer on the CPU or on disk."""
     return (deepspeed["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
+
+
+def keep_adapters_whole(section: dict[str, Any], sizes: Iterable[int]) -> dict[str, Any]:
+    """The ZeRO section for adapters whose tensors have so many elements: ZeRO-3 shards none of them.
+
+    Together they are small. Sharded, they would be gathered like large weights, those above DeepSpeed's default of
+    100,000 elements; with checkpointing also one by one, in every block's backward. Kept as it is where the section
+    sets the threshold itself, or another stage.
+    """
+    names = {"stage3_param_persistence_threshold", "param_persistence_threshold"}
+    if section["stage"] != 3 or names & section.keys():
+        return section
+    return section | {"stage3_param_persistence_threshold": max(100_000, *sizes)}
 
 
 def saves_in_background(config: Config, cuda: bool, offloads_optimizer: bool) -> bool:

@@ -1,5 +1,6 @@
 """Fixtures: real ranks, a tiny model and tokenizer, and rows of data. Nothing is mocked."""
 
+import gc
 import inspect
 import json
 import multiprocessing
@@ -126,6 +127,7 @@ def _serve(rank: int, size: int, port: str, pipe) -> None:
     from mlalign import distributed
 
     _mind_strides(torch.distributed, distributed)
+    gc.freeze()  # what is imported is looked through no more
     distributed.init()
     while True:
         function, args = pipe.recv()

@@ -12,8 +12,8 @@ import typer
 from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
-from mlalign.__main__ import app
 from mlalign.config import Config
+from mlalign.verbs import app
 
 VERBS = typer.main.get_command(app).commands
 

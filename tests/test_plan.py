@@ -335,7 +335,7 @@ def test_a_plan_is_for_gpus_unless_cpus_are_asked_for(settings, tmp_path):
 
 
 def test_the_command_prints_tables_and_writes_the_same_numbers(settings, tmp_path):
-    from mlalign.__main__ import app
+    from mlalign.verbs import app
 
     OmegaConf.save(OmegaConf.create(settings), tmp_path / "c.yaml")
     options = ["--ranks", "2", "--device", "cpu", "--tokens-per-second", "1", "--json", str(tmp_path / "plan.json")]

@@ -60,6 +60,7 @@ LAYERS = [
     {"estimate"},
     {f"commands.{path.stem}" for path in (PACKAGE / "commands").glob("[!_]*.py")} - {"commands.merge", "commands.plan"},
     {"commands.merge", "commands.plan"},  # which tunes its weight by evaluating, and measures by training
+    {"verbs"},
     {"__main__"},
 ]
 PURE = {"loss", "pooling", "retrieval", "languages", "tasks.prompts", "sifting", "jobs", "kernels", "memory", "durable"}

@@ -99,6 +99,79 @@ def test_deepspeed_still_throws_its_traces_away(ranks, zero3):
     assert found.calls > 10 * STEPS
 
 
+def test_what_a_checkpointed_block_computes_again_is_not_gathered_again(ranks, zero3, tmp_path):
+    """With adapters, of which every backward has what is frozen at hand."""
+    zero3["task"]["micro_batch_size"] = 4
+    found = []
+    for checkpointing in (False, True):
+        zero3["model"]["gradient_checkpointing"] = checkpointing
+        path = tmp_path / "whole_adapters.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 600}}))
+        found.append(ranks(2).run(traffic, zero3 | {"deepspeed": str(path)})[0])
+    assert found[0] == found[1]
+    assert found[0].elements > STEPS * sizes(zero3)[1], "base weights are sharded"
+
+
+def engine_of(values: dict):
+    from mlalign.commands import train
+    from mlalign.config import Config
+    from mlalign.sharding import engine_config
+    from mlalign.zero import read_deepspeed
+
+    config = Config.model_validate(values)
+    return train._make_engine(config, engine_config(config, read_deepspeed(config.deepspeed)), layer=2)
+
+
+def hooked(values: dict) -> set[str]:
+    """The modules with hooks: DeepSpeed's, and ours at the root."""
+    modules = engine_of(values).module.named_modules()
+    return {name for name, module in modules if module._forward_pre_hooks or module._forward_hooks}
+
+
+def generator(values: dict) -> torch.Tensor:
+    engine_of(values)
+    return torch.get_rng_state()
+
+
+def test_modules_with_nothing_to_gather_have_no_hooks(ranks, zero3, tmp_path):
+    path = tmp_path / "whole_adapters.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 600}}))
+    found = ranks(2).run(hooked, zero3 | {"deepspeed": str(path)})[0]
+    of_a_block = {name.partition("layers.1.")[2] for name in found if "layers.1" in name}
+    sharded = {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+    assert of_a_block == {""} | {f"{name}.base_layer" for name in sharded}, "the block, and what is sharded in it"
+    rest = {name.rpartition(".")[2] for name in found if "layers" not in name}
+    assert rest == {"", "embed_tokens", "lm_head"}
+
+
+def test_what_is_asked_of_a_model_draws_no_random_numbers(ranks, settings, tmp_path):
+    """Or dropout would be another under ZeRO-3."""
+    drawn = []
+    for stage in (2, 3):
+        path = tmp_path / "zero.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        drawn.append(ranks(2).run(generator, settings | {"deepspeed": str(path)})[0])
+    assert torch.equal(*drawn)
+
+
+def test_a_parameter_that_another_module_looks_at_is_noted_for_that(ranks, zero3):
+    """peft's LoRA layers ask their sharded A for its type: noted for the whole model, every pass would gather all."""
+    found = ranks(2).run(hooked, zero3)[0]
+    assert any(name.endswith("q_proj") for name in found)
+    assert not any(name.endswith("self_attn") for name in found)
+
+
+def test_adapters_are_whole_however_large(ranks, zero3, tmp_path):
+    zero3["lora"]["r"] = 2048
+    found = []
+    for section in ({}, {"stage3_param_persistence_threshold": 100_000}):
+        path = tmp_path / "zero3.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": 3} | section}))
+        found.append(ranks(2).run(traffic, zero3)[0].elements)
+    assert found[0] == 0, "nothing here is larger than an adapter"
+    assert found[1] > 0, "what the file says holds"
+
+
 def sizes(settings: dict) -> tuple[int, int]:
     """Elements of the whole model with its adapters, and of its first two of four blocks with the embedding."""
     from mlalign import model

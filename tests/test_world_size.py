@@ -93,6 +93,23 @@ def test_the_steps_compared_above_move_the_weights(settings):
     assert relative_error(reference.train(Config.model_validate(settings), layer=2), after) > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("adapters", "threshold", "checkpointing"),
+    [("full", 0, False), ("lora", 0, False), ("lora", 600, False), ("lora", 600, True)],
+)
+def test_steps_of_sharded_weights_equal_the_plain_loop(ranks, settings, adapters, threshold, checkpointing):
+    """ZeRO-3 keeps small tensors whole, and here all are small: 0 shards all, 600 what is frozen."""
+    settings["optimizer"] |= {"clip": 0.5, "lr": 1e-3} | ADAM
+    settings["model"]["gradient_checkpointing"] = checkpointing
+    settings["alignment"]["micro_batch_size"] = 2  # in chunks: encoded twice
+    if adapters == "full":
+        settings["lora"] = None
+    wanted = reference.train(Config.model_validate(settings), layer=2)
+    zero = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": threshold}}
+    weights, _ = ranks(2).run(run_steps, settings, zero)[0]
+    assert relative_error(weights, wanted) < 1e-5
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_packed_steps_equal_the_plain_loop(ranks, settings, stage):
     settings["optimizer"] |= {"clip": 0.5, "lr": 1e-3} | ADAM
