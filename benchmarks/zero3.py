@@ -1,11 +1,12 @@
 """What ZeRO-3 costs beside its gathers: `python benchmarks/zero3.py`, some minutes.
 
 DeepSpeed hooks every module of a model, and LoRA multiplies modules. Here is the real joint step of `mlalign train`,
-with adapters of all linear layers, on 2 gloo ranks of one thread each, of a made-up Llama that is as deep as an 8B and
+with adapters of all linear layers, on gloo ranks of one thread each, of a made-up Llama that is as deep as an 8B and
 of almost no width: what takes time is what Python does, which on a GPU is time in which no kernels are launched. ZeRO-3
 as mlalign drives it is compared with ZeRO-3 with all of DeepSpeed's hooks, and with layouts that gather nothing;
 medians of rounds that go through all of them in turn, and of ratios within a round. Gathers are counted by DeepSpeed's
-own counters. What it gathers ahead and keeps for the backward pass is set to as many blocks as its defaults are for 8B.
+own counters, which leave out that of the adapters at a step's end. What it gathers ahead and keeps for the backward
+pass is set to as many blocks as its defaults are for an 8B.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from ranks import Ranks
 from rich.console import Console
 from rich.table import Table
 
-RANKS, BLOCKS, HIDDEN, MLP = 2, 32, 64, 192
+BLOCKS, HIDDEN, MLP = 32, 64, 192
 ROWS, TOKENS, PAIRS, SIDE = 4, 32, 4, 16  # of a rank and step
 BLOCK = 3 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP  #: elements; two of four heads have keys and values
 ADAPTER = 8 * MLP  #: elements of the largest tensor of an adapter
@@ -84,14 +85,14 @@ def begin(folder: str, way: Way) -> None:
     from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
     from deepspeed.runtime.zero import partitioned_param_profiler as profiler
 
-    from mlalign import sharding
+    from mlalign import distributed, sharding
     from mlalign.commands.train import real_steps
     from mlalign.config import Config
 
     if way.all_hooks:
         sharding.unhook_whole_modules = lambda *_: None
     coordinator.ENABLE_PROFILER = True
-    running["gathers"] = 0
+    running["gathers"], ranks = 0, distributed.world_size()
 
     def add_up(self) -> None:
         for counter in self.event_counters.values():
@@ -104,8 +105,8 @@ def begin(folder: str, way: Way) -> None:
         "run_dir": f"{folder}/run",
         "model": {"path": f"{folder}/model", "precision": "fp32", "gradient_checkpointing": way.checkpointing},
         "lora": {"r": 8},
-        "task": {"train": f"{folder}/task.jsonl", "batch_size": ROWS * RANKS, "micro_batch_size": ROWS},
-        "alignment": {"train": f"{folder}/bitext.jsonl", "batch_size": PAIRS * RANKS, "micro_batch_size": PAIRS},
+        "task": {"train": f"{folder}/task.jsonl", "batch_size": ROWS * ranks, "micro_batch_size": ROWS},
+        "alignment": {"train": f"{folder}/bitext.jsonl", "batch_size": PAIRS * ranks, "micro_batch_size": PAIRS},
         "optimizer": {"steps": 1},
         "deepspeed": f"{folder}/zero{way.stage}.json",
     }
@@ -124,9 +125,9 @@ def step() -> tuple[float, int]:
     return time.perf_counter() - start, running["gathers"] - before
 
 
-def measure(rounds: int, folder: Path) -> dict[Way, list[tuple[float, int]]]:
+def measure(ranks: int, rounds: int, folder: Path) -> dict[Way, list[tuple[float, int]]]:
     """Of each round: seconds of the slowest rank, and elements gathered."""
-    groups = {way: Ranks(RANKS) for way in WAYS}  # of their own: DeepSpeed changes torch for a whole process
+    groups = {way: Ranks(ranks) for way in WAYS}  # of their own: DeepSpeed changes torch for a whole process
     for way, group in groups.items():
         group.run(begin, str(folder), way)
     found: dict[Way, list[tuple[float, int]]] = {way: [] for way in WAYS}
@@ -137,8 +138,8 @@ def measure(rounds: int, folder: Path) -> dict[Way, list[tuple[float, int]]]:
     return found
 
 
-def show(found: dict[Way, list[tuple[float, int]]]) -> None:
-    table = Table(title=f"the joint step of {BLOCKS} blocks of {HIDDEN}, LoRA, {RANKS} ranks, {os.cpu_count()} cores")
+def show(found: dict[Way, list[tuple[float, int]]], ranks: int) -> None:
+    table = Table(title=f"the joint step of {BLOCKS} blocks of {HIDDEN}, LoRA, {ranks} ranks, {os.cpu_count()} cores")
     for column in ("layout", "checkpointing", "seconds", "of ZeRO-0's", "weights gathered"):
         table.add_column(column)
     weights = BLOCKS * BLOCK
@@ -153,8 +154,9 @@ def show(found: dict[Way, list[tuple[float, int]]]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="zero3-benchmark-") as name:
         prepare(Path(name))
-        show(measure(options.rounds, Path(name)))
+        show(measure(options.ranks, options.rounds, Path(name)), options.ranks)

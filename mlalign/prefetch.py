@@ -44,18 +44,20 @@ def unhook_whole_modules(engine, blocks: nn.ModuleList) -> None:
 
     DeepSpeed hooks every module four times, whether it has parameters or keeps them whole (those below
     `stage3_param_persistence_threshold`), and computes every Linear in a way that bears its weight's coming and going.
-    With adapters of all linear layers this is more than half of what Python does in a step, and a GPU waits for it.
-    Blocks keep their hooks, for what a checkpointed block computes again is released with it. All ranks call it. With a
-    DeepSpeed that is built differently from 0.19, nothing is changed.
+    With adapters of all linear layers this is half of what Python does in a step, and a GPU waits for it.
+    Blocks keep their hooks, for what a checkpointed block computes again is released with it. All ranks call it, before
+    `keep_a_trace_per_pass`.
     """
-    offload, whole = (getattr(engine.optimizer, name, None) for name in ("parameter_offload", "persistent_parameters"))
-    if not hasattr(offload, "forward_hooks") or not hasattr(offload, "backward_hooks") or whole is None:
+    if engine.zero_optimization_stage() < 3:
         return
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.runtime.zero.partitioned_param_coordinator import iter_params
     from deepspeed.utils import z3_leaf_module
 
+    offload, whole = engine.optimizer.parameter_offload, engine.optimizer.persistent_parameters
     _find_foreign_parameters(engine)
+    if not offload.param_coordinator.is_invalid_trace():
+        offload.param_coordinator._invalidate_trace()  # of that pass, with hooks that go now
     keep = {id(engine.module), *map(id, blocks)}
     hooked, theirs = [*offload.forward_hooks, *offload.backward_hooks], set()
     for module in engine.module.modules():
@@ -70,12 +72,12 @@ def unhook_whole_modules(engine, blocks: nn.ModuleList) -> None:
             handle.remove()
 
     def gather_whole(*_: Any) -> None:
-        """A step leaves all of them gathered, but for one that is skipped; what reads or saves weights does not."""
+        """They are gathered after a step, but not before the first, after a skipped one, or where weights were read."""
         absent = [parameter for parameter in whole if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if absent:
             absent[0].all_gather(absent)
 
-    engine.module.register_forward_pre_hook(gather_whole)
+    engine.module.register_forward_pre_hook(gather_whole, prepend=True)  # DeepSpeed's begins to gather ahead
 
 
 @torch.no_grad()
@@ -89,5 +91,5 @@ def _find_foreign_parameters(engine) -> None:
     engine.train(training)
 
 
-def _linear(module: nn.Linear, states: torch.Tensor) -> torch.Tensor:
-    return _torchs_linear(states, module.weight, module.bias)
+def _linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    return _torchs_linear(input, module.weight, module.bias)

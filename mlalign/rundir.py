@@ -1,7 +1,7 @@
 """A run is its directory: made, or checked to belong to the same config, before anything else happens.
 
 config.yaml        the resolved config          checkpoints/      see `checkpoint`
-deepspeed.json     what the engine was given    adapter/, model/  the result: best on dev, else the last
+deepspeed.json     what DeepSpeed is told       adapter/, model/  the result: best on dev, else the last
 environment.txt    of every start               tensorboard/      the same as metrics.jsonl, as curves
 metrics.jsonl      one line per log step        .lock             held by the run that writes here
 """

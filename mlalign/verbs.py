@@ -354,9 +354,11 @@ def demo(
 def _imports() -> Iterator[None]:
     """For modules of many objects and no garbage: to look for some, again and again, takes a fifth of the time."""
     gc.disable()
-    yield
-    gc.freeze()  # nor are they looked through later
-    gc.enable()
+    try:
+        yield
+        gc.freeze()  # nor are they looked through later
+    finally:
+        gc.enable()
 
 
 def _codes(text: str | None) -> list[str] | None:

@@ -101,16 +101,17 @@ def offloads_optimizer(deepspeed: dict[str, Any]) -> bool:
 
 
 def keep_adapters_whole(section: dict[str, Any], sizes: Iterable[int]) -> dict[str, Any]:
-    """The ZeRO section for adapters whose tensors have so many elements: ZeRO-3 shards none of them.
+    """The ZeRO section for adapters of tensors of so many elements: ZeRO-3 shards none of them, nor smaller weights.
 
     Together they are small. Sharded, they would be gathered like large weights, those above DeepSpeed's default of
-    100,000 elements; with checkpointing also one by one, in every block's backward. Kept as it is where the section
-    sets the threshold itself, or another stage.
+    100,000 elements; with checkpointing also one by one, in every block's backward. The section is left as it is where
+    it sets the threshold itself, another stage, or parameters on NVMe, whose buffers are few.
     """
     names = {"stage3_param_persistence_threshold", "param_persistence_threshold"}
-    if section["stage"] != 3 or names & section.keys():
+    on_nvme = (section.get("offload_param") or {}).get("device") == "nvme"
+    if section["stage"] != 3 or names & section.keys() or on_nvme:
         return section
-    return section | {"stage3_param_persistence_threshold": max(100_000, *sizes)}
+    return section | {"stage3_param_persistence_threshold": max([100_000, *sizes])}
 
 
 def saves_in_background(config: Config, cuda: bool, offloads_optimizer: bool) -> bool:

@@ -20,7 +20,7 @@ LAYOUTS = {
     "zero1_offload": {"stage": 1, **OFFLOAD},
     "zero2": {"stage": 2},
     "zero2_offload": {"stage": 2, **OFFLOAD},
-    "zero3": {"stage": 3},
+    "zero3": {"stage": 3, "stage3_param_persistence_threshold": 600},  # or all of the tiny model would be whole
     "zero3_offload": {"stage": 3, **OFFLOAD, "offload_param": {"device": "cpu"}},
 }
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mlalign.zero import keep_adapters_whole
+
 STEPS = 6
 
 
@@ -144,6 +146,20 @@ def test_modules_with_nothing_to_gather_have_no_hooks(ranks, zero3, tmp_path):
     assert rest == {"", "embed_tokens", "lm_head"}
 
 
+def second_pass_gathers_ahead(values: dict) -> bool:
+    engine = engine_of(values)
+    engine.train()
+    ids = torch.arange(6)[None]
+    task = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "positions": ids[0, :-1], "targets": ids[0, 1:]}
+    for _ in range(2):
+        engine.backward(engine(task=task), scale_wrt_gas=False)
+    return engine.optimizer.parameter_offload.param_coordinator.is_complete_trace()
+
+
+def test_a_second_pass_gathers_ahead(ranks, zero3):
+    assert all(ranks(2).run(second_pass_gathers_ahead, zero3))
+
+
 def test_what_is_asked_of_a_model_draws_no_random_numbers(ranks, settings, tmp_path):
     """Or dropout would be another under ZeRO-3."""
     drawn = []
@@ -170,6 +186,15 @@ def test_adapters_are_whole_however_large(ranks, zero3, tmp_path):
         found.append(ranks(2).run(traffic, zero3)[0].elements)
     assert found[0] == 0, "nothing here is larger than an adapter"
     assert found[1] > 0, "what the file says holds"
+
+
+def test_a_section_that_says_what_stays_whole_is_left_as_it_is():
+    name = "stage3_param_persistence_threshold"
+    for section in ({"stage": 2}, {"stage": 3, name: 5}, {"stage": 3, "offload_param": {"device": "nvme"}}):
+        assert keep_adapters_whole(section, [200_000]) == section
+    for sizes, threshold in (([5, 200_000], 200_000), ([5], 100_000)):
+        on_the_cpu = {"stage": 3, "offload_param": {"device": "cpu"}}
+        assert keep_adapters_whole(on_the_cpu, sizes) == on_the_cpu | {name: threshold}
 
 
 def sizes(settings: dict) -> tuple[int, int]:
