@@ -39,14 +39,35 @@ def keep_a_trace_per_pass(engine) -> None:
     engine.module.register_forward_pre_hook(choose, with_kwargs=True, prepend=True)  # DeepSpeed's begins the pass
 
 
+@torch.no_grad()
+def find_foreign_parameters(engine) -> None:
+    """Run a pass, in which ZeRO-3 notes parameters that a module uses without calling the module they are of.
+
+    Such are the halves of an adapter of embeddings. DeepSpeed looks for them only while the engine itself is called,
+    and from then on gathers them with the module that uses them, whoever calls it. All ranks call this, before anything
+    else runs a part of the model.
+    """
+    if engine.zero_optimization_stage() < 3:
+        return
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=engine.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "positions": ids[0, :1], "targets": ids[0, :1]}
+    training = engine.module.training
+    engine.eval()
+    engine(task=inputs)
+    engine.train(training)
+    coordinator = engine.optimizer.parameter_offload.param_coordinator
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()  # of this pass: real ones have fewer hooks, and a trace of their own
+
+
 def unhook_whole_modules(engine, blocks: nn.ModuleList) -> None:
     """Take DeepSpeed's hooks off modules that have nothing to gather: most of what LoRA brings, and containers.
 
     DeepSpeed hooks every module four times, whether it has parameters or keeps them whole (those below
     `stage3_param_persistence_threshold`), and computes every Linear in a way that bears its weight's coming and going.
     With adapters of all linear layers this is half of what Python does in a step, and a GPU waits for it.
-    Blocks keep their hooks, for what a checkpointed block computes again is released with it. All ranks call it, before
-    `keep_a_trace_per_pass`.
+    Blocks keep their hooks, for what a checkpointed block computes again is released with it. All ranks call it, after
+    `find_foreign_parameters`.
     """
     if engine.zero_optimization_stage() < 3:
         return
@@ -55,9 +76,6 @@ def unhook_whole_modules(engine, blocks: nn.ModuleList) -> None:
     from deepspeed.utils import z3_leaf_module
 
     offload, whole = engine.optimizer.parameter_offload, engine.optimizer.persistent_parameters
-    _find_foreign_parameters(engine)
-    if not offload.param_coordinator.is_invalid_trace():
-        offload.param_coordinator._invalidate_trace()  # of that pass, with hooks that go now
     keep = {id(engine.module), *map(id, blocks)}
     hooked, theirs = [*offload.forward_hooks, *offload.backward_hooks], set()
     for module in engine.module.modules():
@@ -78,17 +96,6 @@ def unhook_whole_modules(engine, blocks: nn.ModuleList) -> None:
             absent[0].all_gather(absent)
 
     engine.module.register_forward_pre_hook(gather_whole, prepend=True)  # DeepSpeed's begins to gather ahead
-
-
-@torch.no_grad()
-def _find_foreign_parameters(engine) -> None:
-    """Run a pass, in which DeepSpeed notes parameters that a module uses without calling the module they are of."""
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=engine.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "positions": ids[0, :1], "targets": ids[0, :1]}
-    training = engine.module.training
-    engine.eval()
-    engine(task=inputs)
-    engine.train(training)
 
 
 def _linear(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:

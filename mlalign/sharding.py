@@ -10,7 +10,7 @@ from mlalign import distributed, kernels
 from mlalign.compiling import check_compile
 from mlalign.config import Config, Model
 from mlalign.model import AlignedModel, decoder_parts, precision_dtype
-from mlalign.prefetch import keep_a_trace_per_pass, unhook_whole_modules
+from mlalign.prefetch import find_foreign_parameters, keep_a_trace_per_pass, unhook_whole_modules
 from mlalign.resharding import masters_without_zero
 from mlalign.zero import offloads_optimizer, stage
 
@@ -82,6 +82,7 @@ def make_engine(model: AlignedModel, optimizer: torch.optim.Optimizer, deepspeed
         deepspeed_config = deepspeed_config | {"gradient_clipping": 0.0}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
     _forget_first_update(engine)
+    find_foreign_parameters(engine)
     model.ask()
     decoder, stack, _ = decoder_parts(model.lm)
     unhook_whole_modules(engine, getattr(decoder, stack))

@@ -95,15 +95,21 @@ def test_the_steps_compared_above_move_the_weights(settings):
 
 @pytest.mark.parametrize(
     ("adapters", "threshold", "checkpointing"),
-    [("full", 0, False), ("lora", 0, False), ("lora", 600, False), ("lora", 600, True)],
+    [
+        ("full", 0, False),
+        ("all-linear", 0, False),
+        ("all-linear", 600, False),
+        ("all-linear", 600, True),
+        (["q_proj", "embed_tokens"], 600, False),
+        (["q_proj", "embed_tokens"], 0, True),
+    ],
 )
 def test_steps_of_sharded_weights_equal_the_plain_loop(ranks, settings, adapters, threshold, checkpointing):
     """ZeRO-3 keeps small tensors whole, and here all are small: 0 shards all, 600 what is frozen."""
     settings["optimizer"] |= {"clip": 0.5, "lr": 1e-3} | ADAM
     settings["model"]["gradient_checkpointing"] = checkpointing
     settings["alignment"]["micro_batch_size"] = 2  # in chunks: encoded twice
-    if adapters == "full":
-        settings["lora"] = None
+    settings["lora"] = None if adapters == "full" else {"dropout": 0.0, "target_modules": adapters}
     wanted = reference.train(Config.model_validate(settings), layer=2)
     zero = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": threshold}}
     weights, _ = ranks(2).run(run_steps, settings, zero)[0]
