@@ -40,7 +40,10 @@ def _serve(values: dict, first: dict | None, asked: Connection) -> None:
         next(real_steps(Config.model_validate(first)))
     before = resident("VmRSS")
     while asked.recv():
-        forget_peak()
+        if uses_cuda():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            forget_peak()
         start = time.perf_counter()
         next(running)
         if uses_cuda():

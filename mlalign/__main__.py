@@ -11,7 +11,8 @@ from mlalign.errors import NotMetError, StoppedError, UserError
 from mlalign.launchers import rank_of
 from mlalign.verbs import app
 
-_GPU_DRIVERS = ("/proc/driver/nvidia/version", "/dev/dxg", "/dev/kfd")  # Linux, Windows's Linux, AMD
+#: Linux; a container with a /proc of its own, as gVisor's; Windows's Linux; AMD.
+_GPU_DRIVERS = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
 def main() -> None:

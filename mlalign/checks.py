@@ -44,12 +44,17 @@ class Finding:
 
 
 def check_here(config: Config | None) -> list[Finding]:
-    """All findings on this host, in the order of the report."""
-    parts = [_packages(), _devices(), _attention(config), _kernels(config), _threads(config)]
+    """All findings on this host that need no device of one's own, in the order of the report."""
+    parts = [_packages(), _devices(), _kernels(config), _threads(config)]
     parts += [_shared_memory(), _locale(), _disk(config), _hub(), _slurm(), _mpi()]
     if config is not None:
         parts.append(_inputs(config))
     return [finding for part in parts for finding in part]
+
+
+def check_device(config: Config | None) -> list[Finding]:
+    """Findings on this process's device: of several ranks, each has chosen its own by now."""
+    return list(_attention(config))
 
 
 def requirements() -> list[Requirement]:

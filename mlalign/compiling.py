@@ -1,5 +1,6 @@
 """`model.compile`: torch.compile of the decoder's blocks, made once for all of them and for passes of all shapes."""
 
+import os
 import shutil
 from typing import Any
 
@@ -21,11 +22,17 @@ def check_compile(zero: dict[str, Any]) -> None:
             "model.compile needs ZeRO stage 0, 1 or 2: ZeRO-3 gathers parameters inside of what is compiled"
         )
     if distributed.uses_cuda():
-        missing = None if has_triton() else "triton"
+        missing = _no_c_compiler() if has_triton() else "triton"
     else:
         missing = None if shutil.which(get_cxx_compiler()) else get_cxx_compiler()
     if missing:
         raise UserError(f"model.compile needs {missing}, which is not there: install it, or set it to false")
+
+
+def _no_c_compiler() -> str | None:
+    """What of a C compiler is not there: with it Triton compiles what launches its kernels, also at run time."""
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    return None if any(map(shutil.which, names)) else " or ".join(names)
 
 
 def compile_blocks(lm: nn.Module) -> None:

@@ -46,8 +46,10 @@ def init() -> None:
 
     import deepspeed  # here: it takes seconds, and commands that need no engine should not pay for it
 
-    # A kernel for inference on CPUs: compiled for a minute, and every run would leave 69 MB a rank in /dev/shm behind.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not uses_cuda():
+        # A kernel for inference: compiled for a minute, and every run would leave 69 MB a rank in /dev/shm behind. With
+        # a GPU DeepSpeed does not come to it, and asking for the list would run its compilers on every rank.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False)
     # ZeRO has a group of its own, with torch's timeout if DeepSpeed makes it: 10 minutes with NCCL, as the watchdog's.
     deepspeed.utils.groups._WORLD_GROUP = dist.new_group(timeout=_TIMEOUT)
@@ -145,8 +147,9 @@ def device() -> torch.device:
 
 
 def barrier() -> None:
+    """Wait for all ranks: for their processes, not for what is queued on their GPUs."""
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(group=_control_group())
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:

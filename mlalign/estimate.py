@@ -18,7 +18,7 @@ from mlalign.config import Config
 from mlalign.errors import UserError
 from mlalign.memory import Layout, Pass, checkpoint_size, model_states, phases
 from mlalign.workload import Workload
-from mlalign.zero import keep_adapters_whole, read_deepspeed, saves_in_background
+from mlalign.zero import fit_section, read_deepspeed, saves_in_background
 
 GIB = 2**30
 SHIPPED = tuple(f"ds_configs/{n}.json" for n in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"))
@@ -75,9 +75,8 @@ def estimate(job: Job) -> Estimate:
     paper = job.traces[key]
     groups = sharding.parameter_groups(paper.aligned, config.optimizer.weight_decay)
     sizes = tuple(tuple(p.numel() for p in group["params"]) for group in groups)
-    zero = keep_adapters_whole(job.zero, chain(*sizes)) if config.lora else job.zero
     layout = Layout(
-        zero=DeepSpeedZeroConfig(**zero),
+        zero=DeepSpeedZeroConfig(**fit_section(job.zero, list(chain(*sizes)), adapters=config.lora is not None)),
         ranks=job.ranks,
         width=job.dtype.itemsize,
         groups=sizes,

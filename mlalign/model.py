@@ -182,7 +182,7 @@ def _with_adapter(lm: PreTrainedModel, adapter: str, model: str) -> PeftModel:
     if not safe:
         raise UserError(f"adapter {adapter} has no adapter_model.safetensors: pickled weights are not loaded")
     try:
-        lm = PeftModel.from_pretrained(lm, adapter)
+        lm = PeftModel.from_pretrained(lm, adapter, torch_device="cpu")  # peft's own choice is every host's first GPU
     except Exception as error:
         raise UserError(
             f"adapter {adapter} does not fit {model}, it was trained on {trained_on}: {_last_line(error)}"

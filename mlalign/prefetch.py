@@ -90,11 +90,12 @@ def unhook_whole_modules(engine, blocks: nn.ModuleList) -> None:
             handle.remove()
 
     def gather_whole(*_: Any) -> None:
-        """They are gathered after a step, but not before the first, after a skipped one, or where weights were read."""
+        """Before the first pass, and after every step, skipped one, and reading of weights."""
         absent = [parameter for parameter in whole if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if absent:
-            absent[0].all_gather(absent)
+            absent[0].all_gather_coalesced(absent).wait()
 
+    engine.optimizer.persistent_parameters = []  # or a step would gather them at its end, with a collective for each
     engine.module.register_forward_pre_hook(gather_whole, prepend=True)  # DeepSpeed's begins to gather ahead
 
 

@@ -36,7 +36,7 @@ class _Sign(NamedTuple):
     place: str  #: process and host
 
     def __str__(self) -> str:
-        return f"{self.phase} of step {self.step}"
+        return f"{self.phase} of step {self.step}" if self.step else self.phase
 
 
 class Watchdog:

@@ -206,6 +206,12 @@ def test_several_adapters_each_get_a_report(settings, tiny_model, tokenizer, tmp
     assert found[0]["3"] == greedy(lm, tokenizer, PROMPTS[3], 6)
 
 
+def test_an_adapter_is_not_loaded_by_way_of_a_hosts_first_gpu(settings, tiny_model, tmp_path, monkeypatch):
+    """Where peft is left to choose, it takes "cuda", which is cuda:0 on all ranks."""
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: pytest.fail("peft was to choose a device"))
+    evaluate(replace(settings, adapters=(str(saved_adapter(tiny_model, tmp_path / "adapter")),)))
+
+
 def test_an_adapter_that_does_not_fit_is_one_sentence(settings, tiny_model, tmp_path):
     config = LlamaConfig.from_pretrained(tiny_model)
     for name, change in {"wide": {"hidden_size": 64, "head_dim": 16}, "deep": {"num_hidden_layers": 6}}.items():

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from mlalign import compiling, pooling, sharding
 from mlalign import model as model_module
-from mlalign import pooling, sharding
 from mlalign.compiling import check_compile
 from mlalign.config import Config, Lora, Model
 from mlalign.errors import UserError
@@ -251,6 +251,20 @@ def test_a_model_without_tokenizer_or_weights_is_one_sentence(tmp_path):
 def test_compiling_without_a_compiler_is_one_sentence(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"model\.compile needs no-such-compiler, which is not there"):
+        check_compile({"zero_optimization": {"stage": 0}})
+
+
+@pytest.mark.parametrize(("named", "missing"), [(None, "gcc or clang"), ("no-such-compiler", "no-such-compiler")])
+def test_triton_without_a_compiler_is_one_sentence(monkeypatch, tmp_path, named, missing):
+    monkeypatch.setattr(compiling.distributed, "uses_cuda", lambda: True)
+    monkeypatch.setattr(compiling, "has_triton", lambda: True)
+    monkeypatch.delenv("CC", raising=False)
+    check_compile({"zero_optimization": {"stage": 0}})
+    if named:
+        monkeypatch.setenv("CC", named)
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=rf"model\.compile needs {missing}, which is not there"):
         check_compile({"zero_optimization": {"stage": 0}})
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mlalign.zero import keep_adapters_whole
+from mlalign.zero import fit_section
 
 STEPS = 6
 
@@ -188,13 +188,17 @@ def test_adapters_are_whole_however_large(ranks, zero3, tmp_path):
     assert found[1] > 0, "what the file says holds"
 
 
-def test_a_section_that_says_what_stays_whole_is_left_as_it_is():
-    name = "stage3_param_persistence_threshold"
-    for section in ({"stage": 2}, {"stage": 3, name: 5}, {"stage": 3, "offload_param": {"device": "nvme"}}):
-        assert keep_adapters_whole(section, [200_000]) == section
+def test_a_section_keeps_what_it_says():
+    bucket, whole = "reduce_bucket_size", "stage3_param_persistence_threshold"
+    on_nvme = {"stage": 3, "offload_param": {"device": "nvme"}}
+    for section in ({"stage": 2}, {"stage": 3, whole: 5}, on_nvme, {"stage": 1, bucket: 10}):
+        assert fit_section(section, [200_000], adapters=True) == {bucket: 200_000} | section
+    assert fit_section({"stage": 0}, [200_000], adapters=True) == {"stage": 0}
+    assert fit_section({"stage": 3}, [10**9, 5], adapters=False) == {"stage": 3, bucket: 500_000_000}
     for sizes, threshold in (([5, 200_000], 200_000), ([5], 100_000)):
-        on_the_cpu = {"stage": 3, "offload_param": {"device": "cpu"}}
-        assert keep_adapters_whole(on_the_cpu, sizes) == on_the_cpu | {name: threshold}
+        section = {"stage": 3, "offload_param": {"device": "cpu"}}
+        fitted = section | {bucket: sum(sizes), whole: threshold}
+        assert fit_section(section, sizes, adapters=True) == fitted
 
 
 def sizes(settings: dict) -> tuple[int, int]:
@@ -228,27 +232,29 @@ def test_no_interleaving_loses_a_trace(ranks, zero3, changes):
     assert found.elements >= STEPS * sizes(zero3)[1], "no step comes without a pass through the lower blocks"
 
 
-class _Reductions(TorchDispatchMode):
-    """Counts collectives that add up over ranks, by their number of elements."""
+class _Collectives(TorchDispatchMode):
+    """Counts collectives of a kind, by their number of elements."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
+        self.kind = kind
         self.found: Counter[int] = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d" and "reduce" in function._opname:
+        if function.namespace == "c10d" and self.kind in function._opname:
             tensors = args[0] if isinstance(args[0], list) else [args[0]]
             self.found[sum(tensor.numel() for tensor in tensors)] += 1
         return function(*args, **(kwargs or {}))
 
 
-def reductions(values: dict) -> dict[int, int]:
+def collectives(values: dict, kind: str) -> dict[int, int]:
+    """Of the second step."""
     from mlalign.commands import train
     from mlalign.config import Config
 
     running = train.real_steps(Config.model_validate(values))
     next(running)
-    with _Reductions() as seen:
+    with _Collectives(kind) as seen:
         next(running)
     return dict(seen.found)
 
@@ -260,11 +266,40 @@ def test_gradients_of_adapters_are_averaged_once_a_step(ranks, settings, tmp_pat
     path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     settings["deepspeed"] = str(path)
     settings["task"]["micro_batch_size"] = 4
-    once = ranks(2).run(reductions, settings)[0]
+    once = ranks(2).run(collectives, settings, "reduce")[0]
     settings["task"]["micro_batch_size"] = 1
-    often = ranks(2).run(reductions, settings)[0]
+    often = ranks(2).run(collectives, settings, "reduce")[0]
     assert often == once
     assert max(once) > 1000, "no gradient was averaged"
+
+
+def test_what_is_whole_comes_in_one_collective_a_step(ranks, zero3, tmp_path):
+    """DeepSpeed's own gather of it, at a step's end, has one for each tensor."""
+    path = tmp_path / "whole.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 10**6}}))
+    found = ranks(2).run(collectives, zero3 | {"deepspeed": str(path)}, "gather")[0]
+    parameters, _ = sizes(zero3)
+    large = Counter(found) - Counter({size: 1 for size in found if size >= parameters})
+    assert large.total() == sum(found.values()) - 1, "all parameters at once, and once"
+    assert large.total() <= 4, "pairs, and what they are told apart by"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("adapters", ["lora", "full"])
+def test_a_bucket_is_as_large_as_what_is_trained(ranks, settings, tmp_path, stage, adapters):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    if adapters == "full":
+        settings["lora"] = None
+    for bucket, trained in ranks(2).run(bucket_size, settings | {"deepspeed": str(path)}):
+        assert bucket == trained > 0
+
+
+def bucket_size(values: dict) -> tuple[int, int]:
+    """Elements of a bucket of gradients, and of all trained parameters."""
+    engine = engine_of(values)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
+    return engine.optimizer.reduce_bucket_size, trained
 
 
 def waits(values: dict, timer: bool) -> int:

@@ -30,11 +30,25 @@ main()
 """
 
 
-def start(path: Path, rank: int, port: int, program: list[str]) -> subprocess.Popen:
+#: A network on which nothing arrives.
+BROKEN = """
+import time
+from mlalign import distributed
+from mlalign.commands import doctor
+def wait(*_, **__):
+    while True:
+        time.sleep(1)
+distributed.all_sum = doctor._time_all_reduce = wait
+from mlalign.__main__ import main
+main()
+"""
+
+
+def start(path: Path, rank: int, port: int, program: list[str], verb: str = "train") -> subprocess.Popen:
     """One of two ranks, without a launcher that would end it when the other ends; rank 0 holds the store."""
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     return subprocess.Popen(
-        [sys.executable, *program, "train", str(path)],
+        [sys.executable, *program, verb, str(path)],
         env=alone_in_the_world() | place | {"MASTER_PORT": str(port)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -95,6 +109,21 @@ def test_a_rank_that_waits_for_ever_is_named_by_all(recipe, settings):
     (text, *_) = [text for text in texts if "no progress" in text]
     assert f"behind the others is rank 1 (process {processes[1].pid} on host" in text
     assert "in data of step 4" in text
+
+
+@pytest.mark.parametrize(("verb", "phase"), [("train", "the first all-reduce"), ("doctor", "all-reduce")])
+def test_a_network_that_carries_nothing_is_waited_for_no_longer(recipe, verb, phase):
+    """Before the first step too: with NCCL it shows in the first collective of tensors, not where the ranks meet."""
+    port = free_port()
+    processes = [start(recipe, rank, port, ["-c", BROKEN], verb) for rank in (0, 1)]
+    try:
+        texts = [process.communicate(timeout=60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [75, 75]
+    for text in texts:
+        assert f"all are alive, in {phase}; the ranks' stacks are in" in text
 
 
 def slow(values: dict, seconds: float) -> str:

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from rich.table import Table
 
 from mlalign import distributed, launchers
-from mlalign.checks import GIB, Finding, check_here, run_folder, versions
+from mlalign.checks import GIB, Finding, check_device, check_here, run_folder, versions
 from mlalign.config import Config
 from mlalign.errors import UserError
 from mlalign.tracker import console
+from mlalign.watchdog import Watchdog
 
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 _MESSAGE = 64 * 2**20  #: bytes of the all-reduce that measures bandwidth
@@ -44,15 +45,18 @@ class Report:
 
 def doctor(config: Config | None) -> None:
     """Print what was found, problems with what to do. Raises UserError, on all ranks, where training cannot start."""
-    findings = check_here(config)
     together = launchers.started_together() > 1
-    if launchers.rank_of() == 0:  # before the ranks meet: should they not, this may say why
-        for finding in findings:
-            _print(finding)
-    if together:
-        with distributed.StopSignals() as signals:
+    findings = check_here(config)
+    _say(findings)  # before the ranks meet: should they not, this may say why
+    with distributed.StopSignals() as signals:
+        if together:
+            distributed.init()
+        on_device = check_device(config)
+        _say(on_device)
+        findings += on_device
+        if together:
             findings = _check_together(findings, config)
-            signals.check()
+        signals.check()
     problems = [finding for finding in findings if finding.level == "problem"]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -60,6 +64,12 @@ def doctor(config: Config | None) -> None:
     if launchers.rank_of() == 0:
         notes = sum(finding.level == "note" for finding in findings)
         console.print(f"training can start{f', {notes} notes above' if notes else ''}", style="green")
+
+
+def _say(findings: list[Finding]) -> None:
+    if launchers.rank_of() == 0:
+        for finding in findings:
+            _print(finding)
 
 
 def _print(finding: Finding) -> None:
@@ -70,16 +80,18 @@ def _print(finding: Finding) -> None:
 
 def _check_together(own: list[Finding], config: Config | None) -> list[Finding]:
     """The findings of all ranks, and what only all of them can find. The same list on all ranks."""
-    distributed.init()
     reports = distributed.gather_objects(_report(own))
     findings = list(reports[0].findings)
     new = _elsewhere(reports)
     new += [*_differing_versions(reports), *_shared_devices(reports), _shared_folder(config)]
-    new += [_clocks(), _speed(), _gather()]
+    stuck_after = config.stuck_after if config else Config.model_fields["stuck_after"].default
+    with Watchdog(stuck_after, run_folder(config)) as watch:
+        for name, check in (("clocks", _clocks), ("all-reduce", _speed), ("gather", _gather)):
+            watch.at(name, 0)
+            new.append(check())
     if distributed.is_main():
         console.print(_table(reports))
-        for finding in new:
-            _print(finding)
+    _say(new)
     return findings + new
 
 

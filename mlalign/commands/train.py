@@ -43,7 +43,7 @@ from mlalign.progress import Progress, resume, save
 from mlalign.rundir import digest, held, open_run
 from mlalign.tracker import Meter, Tracker, say
 from mlalign.watchdog import Watchdog
-from mlalign.zero import keep_adapters_whole, offloads_optimizer, read_deepspeed, saves_in_background
+from mlalign.zero import fit_section, offloads_optimizer, read_deepspeed, saves_in_background
 
 
 def train(config: Config) -> None:
@@ -58,6 +58,9 @@ def train(config: Config) -> None:
     watch = Watchdog(config.stuck_after, run_dir)
     with held(run_dir, "run_dir"), memory_said(config, lambda: (watch.phase, watch.step)):
         open_run(config, run_dir)
+        with Watchdog(config.stuck_after, run_dir) as first:  # here, not for hours, a network is waited for that fails
+            first.at("the first all-reduce", 0)
+            distributed.all_sum(torch.ones((), device=distributed.device())).item()
         _train(config, engine_config, run_dir, watch)
 
 
@@ -321,10 +324,9 @@ def _make_engine(config: Config, engine_config: dict[str, Any], layer: int):
         compile_blocks(lm)
     aligned = model.AlignedModel(lm, layer, config.alignment.pooling if config.alignment else "mean")
     groups = sharding.parameter_groups(aligned, config.optimizer.weight_decay)
-    if config.lora:
-        sizes = (parameter.numel() for group in groups for parameter in group["params"])
-        section = keep_adapters_whole(engine_config["zero_optimization"], sizes)
-        engine_config = engine_config | {"zero_optimization": section}
+    sizes = [getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"]]
+    section = fit_section(engine_config["zero_optimization"], sizes, adapters=config.lora is not None)
+    engine_config = engine_config | {"zero_optimization": section}
     optimizer = sharding.make_optimizer(config, groups, engine_config)
     return sharding.make_engine(aligned, optimizer, engine_config)
 
