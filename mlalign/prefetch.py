@@ -92,7 +92,9 @@ def unhook_whole_modules(engine, blocks: nn.ModuleList) -> None:
     def gather_whole(*_: Any) -> None:
         """Before the first pass, and after every step, skipped one, and reading of weights."""
         absent = [parameter for parameter in whole if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        if absent:
+        if any(hasattr(p.ds_tensor, "ds_quant_scale") or p.ds_secondary_tensor is not None for p in absent):
+            absent[0].all_gather(absent)  # ZeRO++: slowly, and by the right shards
+        elif absent:
             absent[0].all_gather_coalesced(absent).wait()
 
     engine.optimizer.persistent_parameters = []  # or a step would gather them at its end, with a collective for each

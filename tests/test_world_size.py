@@ -116,6 +116,15 @@ def test_steps_of_sharded_weights_equal_the_plain_loop(ranks, settings, adapters
     assert relative_error(weights, wanted) < 1e-5
 
 
+def test_steps_with_a_second_copy_of_shards_equal_the_plain_loop(ranks, settings):
+    """ZeRO++'s hpZ, by which every host has all shards; here two ranks stand for a host."""
+    settings["optimizer"] |= {"clip": 0.5, "lr": 1e-3} | ADAM
+    wanted = reference.train(Config.model_validate(settings), layer=2)
+    section = {"stage": 3, "stage3_param_persistence_threshold": 600, "zero_hpz_partition_size": 2}
+    weights, _ = ranks(4).run(run_steps, settings, {"zero_optimization": section})[0]
+    assert relative_error(weights, wanted) < 1e-5
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_packed_steps_equal_the_plain_loop(ranks, settings, stage):
     settings["optimizer"] |= {"clip": 0.5, "lr": 1e-3} | ADAM
