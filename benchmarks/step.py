@@ -3,7 +3,7 @@
 A made-up Llama with LoRA, through the real step of `mlalign train`: the task alone, alignment alone, and both, without
 and with their gradients compared, each in a process of its own. On CPUs they take turns, a step each; on a GPU they run
 one after the other, or their memory would not fit (`--shape 8b` is Llama 3 8B's). With real rows, as `mlalign prepare`
-makes them:
+makes them with `--format plain`:
 
     python benchmarks/step.py --task data/massive/train.en.jsonl --bitext data/bitext/train.spa-eng.jsonl
 

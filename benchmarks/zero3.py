@@ -1,12 +1,12 @@
 """What ZeRO-3 costs beside its gathers: `python benchmarks/zero3.py`, some minutes.
 
 DeepSpeed hooks every module of a model, and LoRA multiplies modules. Here is the real joint step of `mlalign train`,
-with adapters of all linear layers, on gloo ranks of one thread each, of a made-up Llama that is as deep as an 8B and
-of almost no width: what takes time is what Python does, which on a GPU is time in which no kernels are launched. ZeRO-3
-as mlalign drives it is compared with ZeRO-3 as DeepSpeed does, with all of its hooks, and with layouts that gather
-nothing; medians of rounds that go through all of them in turn, and of ratios within a round. Gathers are counted by
-DeepSpeed's own counters, which leave out that of what is kept whole. What it gathers ahead and keeps for the backward
-pass is set to as many blocks as its defaults are for an 8B.
+with adapters of all linear layers, on gloo ranks of one thread each, of a made-up Llama that is as deep as an 8B and of
+almost no width: what takes time is what Python does, which on a GPU is time in which no kernels are launched. ZeRO-3 as
+mlalign drives it is compared with ZeRO-3 that has neither hooks taken off nor one gather of what is kept whole, and
+with layouts that gather nothing; medians of rounds that go through all of them in turn, and of ratios within a round.
+Gathers are counted by DeepSpeed's own counters, which leave out that of what is kept whole. What it gathers ahead and
+keeps for the backward pass is set to as many blocks as its defaults are for an 8B.
 """
 
 import argparse
@@ -50,7 +50,12 @@ class Way(NamedTuple):
     checkpointing: bool = False
 
 
-WAYS = [Way("ZeRO-0", 0), Way("ZeRO-2", 2), Way("ZeRO-3", 3), Way("ZeRO-3, as DeepSpeed drives it", 3, all_hooks=True)]
+WAYS = [
+    Way("ZeRO-0", 0),
+    Way("ZeRO-2", 2),
+    Way("ZeRO-3", 3),
+    Way("ZeRO-3, DeepSpeed's hooks and gather", 3, all_hooks=True),
+]
 WAYS += [way._replace(checkpointing=True) for way in WAYS if way.stage in (0, 3)]
 
 

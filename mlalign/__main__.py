@@ -8,11 +8,10 @@ import warnings
 
 from mlalign import jobs
 from mlalign.errors import NotMetError, StoppedError, UserError
-from mlalign.launchers import rank_of
+from mlalign.launchers import nvidia_driver, rank_of
 from mlalign.verbs import app
 
-#: Linux; a container with a /proc of its own, as gVisor's; Windows's Linux; AMD.
-_GPU_DRIVERS = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+_OTHER_GPU_DRIVERS = ("/dev/dxg", "/dev/kfd")  # Windows's Linux, AMD
 
 
 def main() -> None:
@@ -20,7 +19,7 @@ def main() -> None:
     command will continue: the ranks did not meet, or a signal stopped a process that is on its own, so that what
     follows `mlalign train ... &&` does not begin with half a run.
     """
-    if not any(map(os.path.exists, _GPU_DRIVERS)):
+    if not nvidia_driver() and not any(map(os.path.exists, _OTHER_GPU_DRIVERS)):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns of having to find that out
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch")  # of theirs to each other
     if "MLALIGN_JOB_DIR" in os.environ:

@@ -44,7 +44,7 @@ class Finding:
 
 
 def check_here(config: Config | None) -> list[Finding]:
-    """All findings on this host that need no device of one's own, in the order of the report."""
+    """All findings on this host but those of `check_device`, in the order of the report."""
     parts = [_packages(), _devices(), _kernels(config), _threads(config)]
     parts += [_shared_memory(), _locale(), _disk(config), _hub(), _slurm(), _mpi()]
     if config is not None:
@@ -53,7 +53,7 @@ def check_here(config: Config | None) -> list[Finding]:
 
 
 def check_device(config: Config | None) -> list[Finding]:
-    """Findings on this process's device: of several ranks, each has chosen its own by now."""
+    """Findings on this process's device, which `distributed.init` chooses where there are several ranks."""
     return list(_attention(config))
 
 
@@ -106,7 +106,7 @@ def _devices() -> Iterator[Finding]:
             yield Finding("note", "GPUs", "they have no bf16: set model.precision=fp32, it is faster there")
     elif torch.cuda.is_available():
         yield Finding("note", "GPUs", "DS_ACCELERATOR=cpu leaves them alone: unset it to train on them")
-    elif os.path.exists("/proc/driver/nvidia/version") and os.environ.get("DS_ACCELERATOR") != "cpu":
+    elif launchers.nvidia_driver() and os.environ.get("DS_ACCELERATOR") != "cpu":
         reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch cannot use it"
         yield Finding(
             "problem", "GPUs", f"there is an NVIDIA driver, but {reason}: see pytorch.org, or DS_ACCELERATOR=cpu"

@@ -31,7 +31,7 @@ def check_compile(zero: dict[str, Any]) -> None:
 
 def _no_c_compiler() -> str | None:
     """What of a C compiler is not there: with it Triton compiles what launches its kernels, also at run time."""
-    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
     return None if any(map(shutil.which, names)) else " or ".join(names)
 
 

@@ -59,6 +59,11 @@ def rank_of(environment: Mapping[str, str] = os.environ) -> int:
     return next((int(environment[name]) for name in names if environment.get(name, "").isdecimal()), 0)
 
 
+def nvidia_driver() -> bool:
+    """Whether this host shows an NVIDIA driver: in /proc, or, where a container has a /proc of its own, in /dev."""
+    return any(map(os.path.exists, ("/proc/driver/nvidia/version", "/dev/nvidiactl")))
+
+
 def cores() -> int:
     """Cores of this host that this process may use."""
     allowed = len(os.sched_getaffinity(0))

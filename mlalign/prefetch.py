@@ -90,10 +90,10 @@ def unhook_whole_modules(engine, blocks: nn.ModuleList) -> None:
             handle.remove()
 
     def gather_whole(*_: Any) -> None:
-        """Before the first pass, and after every step, skipped one, and reading of weights."""
+        """Gather those that are not: before the first pass, after every step, and where weights were read."""
         absent = [parameter for parameter in whole if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if any(hasattr(p.ds_tensor, "ds_quant_scale") or p.ds_secondary_tensor is not None for p in absent):
-            absent[0].all_gather(absent)  # ZeRO++: slowly, and by the right shards
+            absent[0].all_gather(absent)  # ZeRO++: of which each may have another kind of shards
         elif absent:
             absent[0].all_gather_coalesced(absent).wait()
 

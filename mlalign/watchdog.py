@@ -17,12 +17,13 @@ from concurrent.futures import TimeoutError as TookTooLongError
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from mlalign import distributed
 
 _LONGEST_INTERVAL = 5.0  #: seconds between two signs of life
 _LONGEST_FAREWELL = 10.0  #: seconds to say why
 _TRIES = 3  #: to reach the store
-_KEY = "mlalign/watchdog/{}"
 
 
 class _Sign(NamedTuple):
@@ -39,12 +40,28 @@ class _Sign(NamedTuple):
         return f"{self.phase} of step {self.step}" if self.step else self.phase
 
 
+def meet(seconds: float) -> None:
+    """Exchange first words in each way that ranks have. Called by all ranks, once they have joined.
+
+    That they found each other says little: what carries nothing, of gloo's connections or NCCL's, shows only now, and
+    would be waited for as long as any collective.
+    """
+    with Watchdog(seconds, None, name="meeting") as watch:
+        watch.at("the first words by gloo", 0)
+        distributed.any_rank(False)
+        watch.at("the first all-reduce", 0)
+        distributed.all_sum(torch.zeros((), device=distributed.device())).item()
+
+
 class Watchdog:
     """Watches the main thread during the body of a `with`, on all ranks; 0 seconds: it does nothing."""
 
-    def __init__(self, seconds: float, run_dir: Path) -> None:
-        """seconds: without progress on any rank, after which the process ends."""
-        self._seconds, self._folder = seconds, run_dir / "stuck"
+    def __init__(self, seconds: float, run_dir: Path | None, name: str = "run") -> None:
+        """seconds: without progress on any rank, after which the process ends; run_dir: for stacks, None: stderr alone;
+        name: by which the ranks' signs are told from those of another watchdog.
+        """
+        self._seconds, self._folder = seconds, run_dir and run_dir / "stuck"
+        self._key = f"mlalign/watchdog/{name}/{{}}"
         self._interval = min(_LONGEST_INTERVAL, seconds / 20)
         self._over = threading.Event()
         self._marks, self._touches, self._since = 0, 0, time.monotonic()
@@ -78,7 +95,7 @@ class Watchdog:
             beat += 1
             sign = _Sign(beat, self._marks, self._touches, self.phase, self.step, place)
             try:
-                store.set(_KEY.format(distributed.rank()), json.dumps(sign))
+                store.set(self._key.format(distributed.rank()), json.dumps(sign))
             except Exception:  # rank 0 is gone: the others are about to find out, one way or another
                 return
 
@@ -109,7 +126,7 @@ class Watchdog:
         if store is None:
             return {}
         try:
-            return reader.submit(_read_signs, store).result(timeout=max(1.0, self._interval))
+            return reader.submit(_read_signs, store, self._key).result(timeout=max(1.0, self._interval))
         except (TookTooLongError, RuntimeError):
             return None
 
@@ -123,29 +140,28 @@ class Watchdog:
         try:
             print(f"mlalign: error: rank {distributed.rank()}: {sentence}", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
-            self._folder.mkdir(exist_ok=True)
-            with (self._folder / f"rank-{distributed.rank()}.txt").open("w") as file:
-                file.write(sentence + "\n\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
+            if self._folder:
+                self._folder.mkdir(exist_ok=True)
+                with (self._folder / f"rank-{distributed.rank()}.txt").open("w") as file:
+                    file.write(sentence + "\n\n")
+                    file.flush()
+                    faulthandler.dump_traceback(file, all_threads=True)
             time.sleep(2)  # the launcher ends the others when the first leaves, and they have something to say as well
         finally:
             os._exit(os.EX_TEMPFAIL)
 
 
-def _read_signs(store) -> dict[int, _Sign]:
-    keys = [_KEY.format(rank) for rank in range(distributed.world_size())]
-    found = (
-        store.multi_get(keys) if store.check(keys) else [store.get(key) if store.check([key]) else None for key in keys]
-    )
+def _read_signs(store, key: str) -> dict[int, _Sign]:
+    keys = [key.format(rank) for rank in range(distributed.world_size())]
+    found = store.multi_get(keys) if store.check(keys) else [store.get(k) if store.check([k]) else None for k in keys]
     silent = _Sign(0, 0, 0, "start", 0, "not heard of yet")
     return {rank: _Sign(*json.loads(value)) if value else silent for rank, value in enumerate(found)}
 
 
-def _sentence(now: dict[int, _Sign] | None, before: dict[int, _Sign] | None, waited: float, folder: Path) -> str:
+def _sentence(now: dict[int, _Sign] | None, before: dict[int, _Sign] | None, waited: float, folder: Path | None) -> str:
     """What holds the job up, from two readings of all ranks' signs."""
     start = f"no progress on any rank for {waited:.0f} s"
-    end = f"the ranks' stacks are in {folder}"
+    end = f"the ranks' stacks are in {folder}" if folder else "this rank's stacks follow"
     if now is None:
         return f"{start}: rank 0 does not answer, through which the ranks tell where they are; {end}"
     silent = [rank for rank in now if before and now[rank].beat == before[rank].beat]

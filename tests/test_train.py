@@ -96,6 +96,8 @@ def test_the_run_directory_holds_what_the_readme_says(tmp_path, recipe, tiny_mod
         "checkpoints",
         "adapter",
     }
+    told = json.loads((folder / "deepspeed.json").read_text())["zero_optimization"]
+    assert told["stage"] == 3 and 0 < told["reduce_bucket_size"] < told["stage3_param_persistence_threshold"]
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     logged = {
         "train/task_loss",

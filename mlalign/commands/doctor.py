@@ -27,6 +27,7 @@ from mlalign.watchdog import Watchdog
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 _MESSAGE = 64 * 2**20  #: bytes of the all-reduce that measures bandwidth
 _SKEW = 1.0  #: seconds between clocks that are worth a note
+_STUCK_AFTER = Config.model_fields["stuck_after"].default
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,14 @@ class Report:
 
 def doctor(config: Config | None) -> None:
     """Print what was found, problems with what to do. Raises UserError, on all ranks, where training cannot start."""
-    together = launchers.started_together() > 1
-    findings = check_here(config)
-    _say(findings)  # before the ranks meet: should they not, this may say why
-    with distributed.StopSignals() as signals:
-        if together:
+    findings = _said(check_here(config))  # before the ranks meet: should they not, this may say why
+    if launchers.started_together() > 1:
+        with distributed.StopSignals() as signals:
             distributed.init()
-        on_device = check_device(config)
-        _say(on_device)
-        findings += on_device
-        if together:
-            findings = _check_together(findings, config)
-        signals.check()
+            findings = _check_together(findings + _said(check_device(config)), config)
+            signals.check()
+    else:
+        findings += _said(check_device(config))
     problems = [finding for finding in findings if finding.level == "problem"]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -66,33 +63,32 @@ def doctor(config: Config | None) -> None:
         console.print(f"training can start{f', {notes} notes above' if notes else ''}", style="green")
 
 
-def _say(findings: list[Finding]) -> None:
+def _said(findings: list[Finding]) -> list[Finding]:
+    """The findings, printed on rank 0."""
     if launchers.rank_of() == 0:
         for finding in findings:
-            _print(finding)
-
-
-def _print(finding: Finding) -> None:
-    line = f"[{_COLOURS[finding.level]}]{finding.level:8}[/]"
-    console.print(line, f"{finding.subject:14}", end="")
-    console.print(finding.text, markup=False, soft_wrap=True)
+            line = f"[{_COLOURS[finding.level]}]{finding.level:8}[/]"
+            console.print(line, f"{finding.subject:14}", end="")
+            console.print(finding.text, markup=False, soft_wrap=True)
+    return findings
 
 
 def _check_together(own: list[Finding], config: Config | None) -> list[Finding]:
-    """The findings of all ranks, and what only all of them can find. The same list on all ranks."""
-    reports = distributed.gather_objects(_report(own))
-    findings = list(reports[0].findings)
-    new = _elsewhere(reports)
-    new += [*_differing_versions(reports), *_shared_devices(reports), _shared_folder(config)]
-    stuck_after = config.stuck_after if config else Config.model_fields["stuck_after"].default
-    with Watchdog(stuck_after, run_folder(config)) as watch:
-        for name, check in (("clocks", _clocks), ("all-reduce", _speed), ("gather", _gather)):
+    """The findings of all ranks, and what only all of them can find. The same list on all ranks.
+
+    They are printed as they come: one may explain why a later check hangs.
+    """
+    with Watchdog(config.stuck_after if config else _STUCK_AFTER, None, name="doctor") as watch:
+        watch.at("what each rank found", 0)
+        reports = distributed.gather_objects(_report(own))
+        if distributed.is_main():
+            console.print(_table(reports))
+        findings = _said([*_elsewhere(reports), *_differing_versions(reports), *_shared_devices(reports)])
+        checks = {"shared files": lambda: _shared_folder(config), "clocks": _clocks}
+        for name, check in (checks | {"all-reduce": _speed, "gather": _gather}).items():
             watch.at(name, 0)
-            new.append(check())
-    if distributed.is_main():
-        console.print(_table(reports))
-    _say(new)
-    return findings + new
+            findings += _said([check()])
+    return list(reports[0].findings) + findings
 
 
 def _report(findings: list[Finding]) -> Report:
@@ -213,12 +209,12 @@ def _gather() -> Finding:
 def _time_all_reduce(values: torch.Tensor, repeats: int) -> float:
     """Seconds, the median over repeats, of the slowest rank. Leaves the sum of ones in `values`."""
     times = []
-    for _ in range(2 + repeats):
+    wait = torch.cuda.synchronize if values.is_cuda else lambda: None
+    for _ in range(2 + repeats):  # the first bring the ranks into step, which a barrier would do less well
         values.fill_(1)
-        distributed.barrier()
+        wait()
         start = time.perf_counter()
         dist.all_reduce(values)
-        if values.is_cuda:
-            torch.cuda.synchronize()
+        wait()
         times.append(time.perf_counter() - start)
     return max(distributed.gather_objects(statistics.median(times[2:])))

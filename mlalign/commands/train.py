@@ -42,7 +42,7 @@ from mlalign.packing import choose_pad
 from mlalign.progress import Progress, resume, save
 from mlalign.rundir import digest, held, open_run
 from mlalign.tracker import Meter, Tracker, say
-from mlalign.watchdog import Watchdog
+from mlalign.watchdog import Watchdog, meet
 from mlalign.zero import fit_section, offloads_optimizer, read_deepspeed, saves_in_background
 
 
@@ -52,15 +52,13 @@ def train(config: Config) -> None:
     Raises StoppedError, on all ranks, where a signal asked to stop before the end, and all is saved.
     """
     distributed.init()
+    meet(config.stuck_after)
     engine_config = sharding.engine_config(config, read_deepspeed(config.deepspeed))
     run_dir = Path(config.run_dir)
     config.check_ranks(distributed.world_size())
     watch = Watchdog(config.stuck_after, run_dir)
     with held(run_dir, "run_dir"), memory_said(config, lambda: (watch.phase, watch.step)):
         open_run(config, run_dir)
-        with Watchdog(config.stuck_after, run_dir) as first:  # here, not for hours, a network is waited for that fails
-            first.at("the first all-reduce", 0)
-            distributed.all_sum(torch.ones((), device=distributed.device())).item()
         _train(config, engine_config, run_dir, watch)
 
 
@@ -97,11 +95,11 @@ def _train(config: Config, engine_config: dict[str, Any], run_dir: Path, watch: 
     dataset = load_dataset(config, tokenizer)
     _say_counts(dataset)
 
-    if distributed.is_main():
-        write_whole(run_dir / "deepspeed.json", json.dumps(engine_config, indent=2) + "\n")
     steps = schedule.total_steps(config, dataset.epoch_rows)
     refuse_unlike(_common(config, engine_config, dataset, steps))
     engine = _make_engine(config, engine_config, layer)
+    if distributed.is_main():
+        write_whole(run_dir / "deepspeed.json", json.dumps(engine.config, indent=2) + "\n")
     pad = choose_pad(engine, config.model, tokenizer)
     say(_describe(engine, config, layer, steps, packed=pad is None))
 
