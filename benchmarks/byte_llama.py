@@ -1,5 +1,7 @@
-"""The model of the benchmarks: a random Llama of any shape, and a tokenizer whose tokens are bytes."""
+"""The model of the benchmarks: a random Llama of any shape, and a tokenizer whose tokens are bytes. Rows for it."""
 
+import json
+import random
 from pathlib import Path
 
 import torch
@@ -26,3 +28,17 @@ def save_byte_llama(folder: Path, **shape) -> str:
     dtype = torch.bfloat16 if large else torch.float32
     LlamaForCausalLM._from_config(LlamaConfig(**settings), dtype=dtype).save_pretrained(folder)
     return str(folder)
+
+
+def save_rows(folder: Path, tokens: int, side: int) -> None:
+    """Save task.jsonl, 64 rows of so many tokens, and bitext.jsonl, 128 pairs of so many tokens a side."""
+    rng = random.Random(0)
+
+    def text(length: int) -> str:
+        return "".join(rng.choice("abcdefgh ") for _ in range(length))
+
+    half = tokens // 2 - 1  # beside the tokens of beginning and end
+    task = [{"prompt": text(half), "completion": text(half), "lang": "en"} for _ in range(64)]
+    pairs = [{"src": text(side - 1), "tgt": text(side - 1), "src_lang": "de", "tgt_lang": "en"} for _ in range(128)]
+    for name, rows in (("task", task), ("bitext", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

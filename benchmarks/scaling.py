@@ -13,9 +13,7 @@ assumptions and their sources are in on_paper.py, and printed. Layouts whose mod
 """
 
 import argparse
-import json
 import os
-import random
 import statistics
 import tempfile
 import time
@@ -26,7 +24,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import on_paper as paper
-from byte_llama import WORDS, save_byte_llama
+from byte_llama import WORDS, save_byte_llama, save_rows
 from ranks import Ranks, sent
 from rich.console import Console
 from rich.table import Table
@@ -50,16 +48,7 @@ def prepare(folder: Path) -> None:
         num_key_value_heads=2,
         tie_word_embeddings=False,
     )
-    rng = random.Random(0)
-
-    def text(length: int) -> str:
-        return "".join(rng.choice("abcdefgh ") for _ in range(length))
-
-    half = TOKENS // 2 - 1  # beside the tokens of beginning and end
-    task = [{"prompt": text(half), "completion": text(half), "lang": "en"} for _ in range(64)]
-    pairs = [{"src": text(SIDE - 1), "tgt": text(SIDE - 1), "src_lang": "de", "tgt_lang": "en"} for _ in range(128)]
-    for name, rows in (("task", task), ("bitext", pairs)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_rows(folder, TOKENS, SIDE)
 
 
 def begin(folder: str, stage: int) -> None:

@@ -12,7 +12,6 @@ keeps for the backward pass is set to as many blocks as its defaults are for an 
 import argparse
 import json
 import os
-import random
 import statistics
 import tempfile
 import time
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from byte_llama import save_byte_llama
+from byte_llama import save_byte_llama, save_rows
 from ranks import Ranks
 from rich.console import Console
 from rich.table import Table
@@ -70,16 +69,7 @@ def prepare(folder: Path) -> None:
         num_key_value_heads=2,
         tie_word_embeddings=False,
     )
-    rng = random.Random(0)
-
-    def text(length: int) -> str:
-        return "".join(rng.choice("abcdefgh ") for _ in range(length))
-
-    half = TOKENS // 2 - 1  # beside the tokens of beginning and end
-    task = [{"prompt": text(half), "completion": text(half), "lang": "en"} for _ in range(64)]
-    pairs = [{"src": text(SIDE - 1), "tgt": text(SIDE - 1), "src_lang": "de", "tgt_lang": "en"} for _ in range(128)]
-    for name, rows in (("task", task), ("bitext", pairs)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_rows(folder, TOKENS, SIDE)
     for stage in (0, 2, 3):
         section = SECTION if stage == 3 else {"stage": stage}
         (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": section}))

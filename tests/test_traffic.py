@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -65,11 +66,16 @@ def traffic_with_one_trace_for_all(values: dict) -> Traffic:
         return traffic(values)
 
 
+def zero_file(folder: Path, **section: int) -> str:
+    """A DeepSpeed file with this ZeRO section."""
+    path = folder / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": section}))
+    return str(path)
+
+
 @pytest.fixture
 def zero3(settings, tmp_path):
-    path = tmp_path / "zero3.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
-    settings["deepspeed"] = str(path)
+    settings["deepspeed"] = zero_file(tmp_path, stage=3, stage3_param_persistence_threshold=0)
     return settings
 
 
@@ -107,9 +113,8 @@ def test_what_a_checkpointed_block_computes_again_is_not_gathered_again(ranks, z
     found = []
     for checkpointing in (False, True):
         zero3["model"]["gradient_checkpointing"] = checkpointing
-        path = tmp_path / "whole_adapters.json"
-        path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 600}}))
-        found.append(ranks(2).run(traffic, zero3 | {"deepspeed": str(path)})[0])
+        path = zero_file(tmp_path, stage=3, stage3_param_persistence_threshold=600)
+        found.append(ranks(2).run(traffic, zero3 | {"deepspeed": path})[0])
     assert found[0] == found[1]
     assert found[0].elements > STEPS * sizes(zero3)[1], "base weights are sharded"
 
@@ -136,9 +141,8 @@ def generator(values: dict) -> torch.Tensor:
 
 
 def test_modules_with_nothing_to_gather_have_no_hooks(ranks, zero3, tmp_path):
-    path = tmp_path / "whole_adapters.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 600}}))
-    found = ranks(2).run(hooked, zero3 | {"deepspeed": str(path)})[0]
+    path = zero_file(tmp_path, stage=3, stage3_param_persistence_threshold=600)
+    found = ranks(2).run(hooked, zero3 | {"deepspeed": path})[0]
     of_a_block = {name.partition("layers.1.")[2] for name in found if "layers.1" in name}
     sharded = {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
     assert of_a_block == {""} | {f"{name}.base_layer" for name in sharded}, "the block, and what is sharded in it"
@@ -164,9 +168,8 @@ def test_what_is_asked_of_a_model_draws_no_random_numbers(ranks, settings, tmp_p
     """Or dropout would be another under ZeRO-3."""
     drawn = []
     for stage in (2, 3):
-        path = tmp_path / "zero.json"
-        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-        drawn.append(ranks(2).run(generator, settings | {"deepspeed": str(path)})[0])
+        path = zero_file(tmp_path, stage=stage)
+        drawn.append(ranks(2).run(generator, settings | {"deepspeed": path})[0])
     assert torch.equal(*drawn)
 
 
@@ -181,8 +184,7 @@ def test_adapters_are_whole_however_large(ranks, zero3, tmp_path):
     zero3["lora"]["r"] = 2048
     found = []
     for section in ({}, {"stage3_param_persistence_threshold": 100_000}):
-        path = tmp_path / "zero3.json"
-        path.write_text(json.dumps({"zero_optimization": {"stage": 3} | section}))
+        zero3["deepspeed"] = zero_file(tmp_path, stage=3, **section)
         found.append(ranks(2).run(traffic, zero3)[0].elements)
     assert found[0] == 0, "nothing here is larger than an adapter"
     assert found[1] > 0, "what the file says holds"
@@ -262,9 +264,7 @@ def collectives(values: dict, kind: str) -> dict[int, int]:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_gradients_of_adapters_are_averaged_once_a_step(ranks, settings, tmp_path, stage):
     """However many micro-batches there are: the same collectives as with one of each objective."""
-    path = tmp_path / "zero.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    settings["deepspeed"] = str(path)
+    settings["deepspeed"] = zero_file(tmp_path, stage=stage)
     settings["task"]["micro_batch_size"] = 4
     once = ranks(2).run(collectives, settings, "reduce")[0]
     settings["task"]["micro_batch_size"] = 1
@@ -275,9 +275,8 @@ def test_gradients_of_adapters_are_averaged_once_a_step(ranks, settings, tmp_pat
 
 def test_what_is_whole_comes_in_one_collective_a_step(ranks, zero3, tmp_path):
     """DeepSpeed's own gather of it, at a step's end, has one for each tensor."""
-    path = tmp_path / "whole.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 10**6}}))
-    found = ranks(2).run(collectives, zero3 | {"deepspeed": str(path)}, "gather")[0]
+    path = zero_file(tmp_path, stage=3, stage3_param_persistence_threshold=10**6)
+    found = ranks(2).run(collectives, zero3 | {"deepspeed": path}, "gather")[0]
     parameters, _ = sizes(zero3)
     large = Counter(found) - Counter({size: 1 for size in found if size >= parameters})
     assert large.total() == sum(found.values()) - 1, "all parameters at once, and once"
@@ -287,11 +286,10 @@ def test_what_is_whole_comes_in_one_collective_a_step(ranks, zero3, tmp_path):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("adapters", ["lora", "full"])
 def test_a_bucket_is_as_large_as_what_is_trained(ranks, settings, tmp_path, stage, adapters):
-    path = tmp_path / "zero.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    path = zero_file(tmp_path, stage=stage)
     if adapters == "full":
         settings["lora"] = None
-    for bucket, trained in ranks(2).run(bucket_size, settings | {"deepspeed": str(path)}):
+    for bucket, trained in ranks(2).run(bucket_size, settings | {"deepspeed": path}):
         assert bucket == trained > 0
 
 
@@ -325,9 +323,8 @@ def waits(values: dict, timer: bool) -> int:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed_does_not_wait_for_the_device_to_measure_time(ranks, settings, tmp_path, stage):
-    path = tmp_path / "zero.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    assert ranks(2).run(waits, settings | {"deepspeed": str(path), "log_every": 1000}, False) == [0, 0]
+    path = zero_file(tmp_path, stage=stage)
+    assert ranks(2).run(waits, settings | {"deepspeed": path, "log_every": 1000}, False) == [0, 0]
 
 
 def test_deepspeed_would_wait_to_measure_time(ranks, settings):

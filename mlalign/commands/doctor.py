@@ -84,8 +84,13 @@ def _check_together(own: list[Finding], config: Config | None) -> list[Finding]:
         if distributed.is_main():
             console.print(_table(reports))
         findings = _said([*_elsewhere(reports), *_differing_versions(reports), *_shared_devices(reports)])
-        checks = {"shared files": lambda: _shared_folder(config), "clocks": _clocks}
-        for name, check in (checks | {"all-reduce": _speed, "gather": _gather}).items():
+        checks = {
+            "shared files": lambda: _shared_folder(config),
+            "clocks": _clocks,
+            "all-reduce": _speed,
+            "gather": _gather,
+        }
+        for name, check in checks.items():
             watch.at(name, 0)
             findings += _said([check()])
     return list(reports[0].findings) + findings
